@@ -1,0 +1,5 @@
+"""Adapters that put CPPO's rules into other people's trainers, one small module an engine.
+
+Nothing is imported here: each module needs its engine installed. `cppo.engines.trl` needs ``pip install
+"cppo[train]"``.
+"""
