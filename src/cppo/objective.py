@@ -44,9 +44,9 @@ def token_loss(batch: TokenBatch, verdict: Verdict, form: Literal["detached", "r
 def aggregate(loss: Tensor, batch: TokenBatch, how: Aggregation, horizon: int | None = None) -> Tensor:
     """Reduce per-token losses to a scalar, for callers whose engine does not.
 
-    All sequences must be here in full: a context-parallel shard or a data-parallel share holds only part of the sums, so
-    gather first. Rejected tokens stay in every denominator. Sequences without any loss token (dropped zero-spread groups) are in
-    none.
+    All sequences must be here in full: a context-parallel shard or a data-parallel share holds only part of the sums,
+    so gather first. Rejected tokens stay in every denominator. Sequences without any loss token (dropped zero-spread
+    groups) are in none.
 
     Parameters
     ----------

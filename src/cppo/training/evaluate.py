@@ -1,0 +1,158 @@
+"""Avg@k and pass@k of a policy on a task's held-out problems.
+
+* Sampling at the evaluation's own temperature and top-p (0.7 / 0.95 in the paper), apart from training, which samples
+  from the full softmax.
+* The global random state is put back afterwards: evaluating does not change what a training run does next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from cppo.errors import UserError
+from cppo.tasks import Example, Task, make_task
+
+if TYPE_CHECKING:
+    from cppo.training.config import Config
+
+#: Called after each batch of sampled responses with the number of responses done.
+OnBatch = Callable[[int], None]
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, str]]) -> list[int]:
+    """Token ids of a prompt: text as it is, messages through the chat template (or joined, where there is none)."""
+    if isinstance(prompt, str):
+        return list(tokenizer(prompt)["input_ids"])
+    if tokenizer.chat_template is not None:
+        ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)
+        return list(ids["input_ids"])
+    return list(tokenizer("\n\n".join(message["content"] for message in prompt) + "\n\n")["input_ids"])
+
+
+@torch.no_grad()
+def sample_responses(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str | list[dict[str, str]]],
+    *,
+    samples: int,
+    temperature: float,
+    top_p: float,
+    max_new_tokens: int,
+    batch_size: int,
+    seed: int,
+    on_batch: OnBatch | None = None,
+) -> list[list[str]]:
+    """`samples` responses a prompt, as text without special tokens; deterministic by `seed` on one kind of machine."""
+    ids = [prompt_ids(tokenizer, prompt) for prompt in prompts for _ in range(samples)]
+    generation = GenerationConfig(
+        do_sample=True,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=0,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=model.generation_config.eos_token_id or tokenizer.eos_token_id,
+    )
+    was_training = model.training
+    model.eval()
+    texts: list[str] = []
+    devices = [model.device] if model.device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            for start in range(0, len(ids), batch_size):
+                rows = tokenizer.pad({"input_ids": ids[start : start + batch_size]}, return_tensors="pt").to(
+                    model.device
+                )
+                output = model.generate(
+                    input_ids=rows["input_ids"], attention_mask=rows["attention_mask"], generation_config=generation
+                )
+                texts += tokenizer.batch_decode(output[:, rows["input_ids"].shape[1] :], skip_special_tokens=True)
+                if on_batch is not None:
+                    on_batch(len(texts))
+    finally:
+        model.train(was_training)
+    return [texts[start : start + samples] for start in range(0, len(texts), samples)]
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    benchmarks: dict[str, Sequence[Example]],
+    config: Config,
+    on_batch: OnBatch | None = None,
+) -> dict[str, float]:
+    """Avg@k and pass@k for each benchmark and their unweighted mean, k = ``evaluation.samples``.
+
+    Avg@k is the mean score over problems and samples; pass@k the share of problems with a response of full score among
+    the k. Keys: ``avg/<benchmark>``, ``pass/<benchmark>``, ``avg/mean``, ``pass/mean``, ``samples``.
+    """
+    settings = config.evaluation
+    row: dict[str, float] = {"samples": settings.samples}
+    done = 0
+    for name, examples in benchmarks.items():
+        offset = done
+        responses = sample_responses(
+            model,
+            tokenizer,
+            [example.prompt for example in examples],
+            samples=settings.samples,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            max_new_tokens=settings.max_new_tokens or config.rollout.max_new_tokens,
+            batch_size=settings.batch_size,
+            seed=config.seed,
+            on_batch=None if on_batch is None else lambda n, offset=offset: on_batch(offset + n),  # type: ignore[misc]
+        )
+        done += len(examples) * settings.samples
+        pairs = [(example, text) for example, texts in zip(examples, responses, strict=True) for text in texts]
+        flat = score_all(task, pairs)
+        scores = [flat[start : start + settings.samples] for start in range(0, len(flat), settings.samples)]
+        row[f"avg/{name}"] = sum(flat) / len(flat)
+        row[f"pass/{name}"] = sum(max(line) >= 1.0 for line in scores) / len(scores)
+    for measure in ("avg", "pass"):
+        row[f"{measure}/mean"] = sum(row[f"{measure}/{name}"] for name in benchmarks) / len(benchmarks)
+    return row
+
+
+def score_all(task: Task, pairs: Sequence[tuple[Example, str]]) -> list[float]:
+    """The task's score of each (example, completion); at once where the task can (``score_many``)."""
+    many = getattr(task, "score_many", None)
+    return [float(score) for score in (many(pairs) if many else (task.score(*pair) for pair in pairs))]
+
+
+def held_out(task: Task, config: Config) -> dict[str, Sequence[Example]]:
+    """The benchmarks that a run is judged by: at most ``evaluation.problems`` problems each.
+
+    Raises
+    ------
+    UserError : the task has no validation problems.
+    """
+    benchmarks = {
+        name: problems for name, problems in task.validation(config.evaluation.problems).items() if len(problems)
+    }
+    if not benchmarks:
+        raise UserError(
+            f"task {task.name!r} has no validation problems, so no accuracy can be measured. Give it some "
+            "(for math: task.options.validation={name: file})."
+        )
+    return benchmarks
+
+
+def evaluate_model(model: str, config: Config, on_batch: OnBatch | None = None) -> dict[str, Any]:
+    """Load a model (folder or hub id) and evaluate it with the task and the settings of `config`."""
+    from cppo.training.models import evaluation_dtype, load_model, load_tokenizer
+
+    task = make_task(config.task.name, **config.task.options)
+    benchmarks = held_out(task, config)
+    tokenizer = load_tokenizer(model)
+    policy = load_model(model, evaluation_dtype())
+    if torch.cuda.is_available():
+        policy = policy.to("cuda")
+    return evaluate(policy, tokenizer, task, benchmarks, config, on_batch)

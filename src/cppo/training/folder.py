@@ -1,0 +1,118 @@
+"""The run folder: choosing it, refusing another run's, and cutting it back to a state from which a run resumes
+exactly.
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from cppo.errors import UserError
+from cppo.training import files
+from cppo.training.checkpoints import Checkpoints
+from cppo.training.config import Config
+from cppo.training.recorder import METRICS_FILE, read_metrics, truncate_records
+
+CONFIG_FILE = "config.yaml"
+
+
+def prepare_folder(config: Config, resume: Path | None) -> Path:
+    """Make the folder of a new run, or check the one to resume.
+
+    Raises
+    ------
+    UserError : the folder holds another run, or none although one is to be resumed.
+    """
+    if resume is not None:
+        if not (resume / CONFIG_FILE).exists():
+            raise UserError(f"--resume {resume}: there is no run ({resume / CONFIG_FILE} is missing).")
+        files.remove_temporaries(resume)
+        return resume
+    if config.output_dir is None:
+        folder = _numbered(Path("runs"), f"{config.name}-{config.rule.name}")
+    else:
+        folder = Path(config.output_dir)
+        if folder.exists() and any(folder.iterdir()):
+            what = "another run" if (folder / CONFIG_FILE).exists() else "other files"
+            how = f", or go on with it: cppo train --resume {folder}" if what == "another run" else ""
+            raise UserError(f"output_dir={folder} holds {what}; choose an empty or new folder{how}.")
+        folder.mkdir(parents=True, exist_ok=True)
+    files.atomic_write_json(folder / "versions.json", versions())
+    files.atomic_write_text(folder / CONFIG_FILE, config.to_yaml())
+    return folder
+
+
+def _numbered(parent: Path, name: str) -> Path:
+    """The first of name-001, name-002 ... that is free, made at once so that two runs cannot share it."""
+    number = 1
+    while True:
+        folder = parent / f"{name}-{number:03d}"
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            number += 1
+
+
+def versions() -> dict[str, Any]:
+    """What the figures of a run depend on beside its configuration."""
+    found = {}
+    for package in (
+        "cppo",
+        "torch",
+        "trl",
+        "transformers",
+        "accelerate",
+        "datasets",
+        "peft",
+        "reasoning-gym",
+        "math-verify",
+    ):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return {"python": platform.python_version(), **found, "device": device, "threads": torch.get_num_threads()}
+
+
+def latest_state(folder: Path, checkpoints: Checkpoints, warmup: Checkpoints) -> list[dict[str, Any]]:
+    """Cut metrics, positions and samples back to the newest whole checkpoint; returns the metrics that stay.
+
+    Three stages: RL has a checkpoint at step s (rows up to s stay); the warm-up is done (its rows stay, and the
+    evaluation before RL); the warm-up has a checkpoint at update u (its rows up to u stay).
+    """
+    for unfinished in (checkpoints, warmup):
+        unfinished.clear_unfinished()
+    step = checkpoints.latest()
+    if step is None:
+        done = (folder / "warmup" / "model").exists()
+        last = warmup.latest() or 0
+
+        def stays(row: dict[str, Any]) -> bool:
+            if row["kind"] == "warmup":
+                return done or row["update"] <= last
+            return done and row["kind"] == "evaluation" and row["step"] == 0
+
+        files.truncate_after(folder / METRICS_FILE, -1, keep=stays)
+    else:
+        files.truncate_after(folder / METRICS_FILE, step)
+    truncate_records(folder, step or 0)
+    return read_metrics(folder)
+
+
+def save_best(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, step: int) -> None:
+    """Keep the policy of `step` as best/step-000010, loadable by AutoModelForCausalLM; the best before it goes."""
+    target = folder / "best" / f"step-{step:06d}"
+    with files.atomic_folder(target) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+    for other in (folder / "best").glob("step-*"):
+        if other != target:
+            shutil.rmtree(other, ignore_errors=True)

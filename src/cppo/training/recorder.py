@@ -1,0 +1,303 @@
+"""What the trust region did, token by token: the observer that fills a run folder.
+
+* `RunRecorder` is the TRL engine's observer. A rollout batch (one *step*) gives one row of `positions.jsonl`
+  (divergence by position, and which reasons held tokens back) and, on every `every`-th step,
+  `samples/step-000010.jsonl` with a few responses and the reason, divergence and ratio of each of their tokens.
+* `append_metrics` / `read_metrics` are `metrics.jsonl`.
+
+What lies in these files is a function of the training alone: no wall clock, no random choice, numbers in fixed
+precision. A resumed run writes the same bytes as an uninterrupted one (`truncate_after` drops what lies ahead).
+Schemas: docs/runs.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from cppo import Reason, TokenBatch, Verdict
+from cppo.training import files
+
+METRICS_FILE = "metrics.jsonl"
+POSITIONS_FILE = "positions.jsonl"
+SAMPLES_FOLDER = "samples"
+MAX_BUCKETS = 128
+TAIL_SHARE = 0.1
+
+# reasons that change the token's gradient; `towards` exceeds a limit and is kept all the same
+HELD_BACK = (Reason.TOKEN_LIMIT, Reason.PREFIX_BUDGET, Reason.SEQUENCE_LIMIT, Reason.RATIO_CLIP)
+
+
+class Decoder(Protocol):
+    """The part of a Hugging Face tokenizer that is used here."""
+
+    def decode(self, token_ids: Any, *args: Any, **kwargs: Any) -> Any:
+        """Token ids -> text."""
+
+
+def reason_name(code: int) -> str:
+    """The reason's name in files and metrics: "kept", "towards", "token_limit", ..., "outside"."""
+    return Reason(code).name.lower()
+
+
+def append_metrics(folder: str | Path, *rows: Mapping[str, Any]) -> None:
+    """Append rows to `folder`/metrics.jsonl; NaN and infinity become null.
+
+    A row needs "step" (int >= 0), "update" (int) and "kind" ("train", "warmup", "evaluation"); everything else is flat
+    numbers, text or null.  Raises: ValueError (a key is missing), files.DiskFullError.
+    """
+    for row in rows:
+        missing = [key for key in ("step", "update", "kind") if key not in row]
+        if missing:
+            raise ValueError(
+                f"A row of metrics without {', '.join(map(repr, missing))} cannot be resumed or plotted; got the keys "
+                f"{sorted(row)}. Give step, update and kind."
+            )
+    files.append_jsonl(Path(folder) / METRICS_FILE, *rows)
+
+
+def read_metrics(folder: str | Path, kind: str | None = None) -> list[dict[str, Any]]:
+    """The rows of `folder`/metrics.jsonl (of one `kind`), oldest first; [] when there are none yet."""
+    return [row for row in files.read_jsonl(Path(folder) / METRICS_FILE) if kind is None or row.get("kind") == kind]
+
+
+def samples_path(folder: str | Path, step: int) -> Path:
+    """Where the sampled responses of a step lie: samples/step-000010.jsonl."""
+    return Path(folder) / SAMPLES_FOLDER / f"step-{step:06d}.jsonl"
+
+
+def truncate_records(folder: str | Path, step: int) -> None:
+    """Cut positions.jsonl and samples/ back to `step` (resume from the checkpoint of `step`)."""
+    files.truncate_after(Path(folder) / POSITIONS_FILE, step)
+    for path in (Path(folder) / SAMPLES_FOLDER).glob("step-*.jsonl"):
+        number = path.stem.removeprefix("step-")
+        if number.isdigit() and int(number) > step:
+            path.unlink()
+
+
+class _Call:
+    """References to one observed loss (a micro-batch); nothing is copied or synchronised until the step ends."""
+
+    def __init__(self, batch: TokenBatch, verdict: Verdict, inputs: Mapping[str, Any]):
+        self.policy_logp = batch.policy_logp.detach()
+        self.rollout_logp = batch.rollout_logp.detach()
+        self.mask = batch.loss_mask
+        shape = self.mask.shape
+        self.advantages = batch.token_advantages().expand(self.mask.shape)
+        divergence = verdict.divergence if verdict.divergence is not None else batch.divergence
+        self.divergence = None if divergence is None else divergence.detach()
+        self.threshold = None if verdict.threshold is None else verdict.threshold.detach().expand(shape)
+        self.coefficient = verdict.coefficient.detach()
+        self.reason = verdict.reason
+        self.delta_b = verdict.delta_b
+        self.budget_used = verdict.budget_used
+        names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+        self.inputs = {name: inputs[name] for name in names if inputs.get(name) is not None}
+
+
+class RunRecorder:
+    """The TRL engine's observer: collects during a rollout batch, writes in `end_of_step`.
+
+    folder: the run folder.  tokenizer: decodes prompts and tokens.  every: sample responses on every `every`-th step
+    and on the last (0: never).  count: responses a sampled step.  updates: optimizer updates a rollout batch (M).
+
+    Divergence by position is that of the *last* update, where the policy has moved furthest from the rollout policy.
+    With several processes each sees its own rows; give the recorder to the main process alone.
+    """
+
+    def __init__(self, folder: str | Path, tokenizer: Decoder, every: int = 10, count: int = 4, updates: int = 1):
+        if every < 0 or count < 0 or updates < 1:
+            raise ValueError(
+                f"Got every={every}, count={count}, updates={updates}; set every >= 0 (0: no samples), count >= 0 and "
+                "updates >= 1."
+            )
+        self.folder = Path(folder)
+        self.every, self.count, self.updates = every, count, updates
+        self._pieces = _Pieces(tokenizer)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._update = -1
+        self._calls: list[_Call] = []
+        self._counts: dict[int, Tensor] = {}
+
+    def __call__(self, batch: TokenBatch, verdict: Verdict, inputs: Mapping[str, Any], update: int) -> None:
+        """Observe one loss. batch: padded [B, T]; inputs: TRL's minibatch; update: 0-based, in the rollout batch."""
+        reason = verdict.reason
+        counts = torch.stack([(reason == code).sum() for code in Reason])  # stays on the device: no synchronisation
+        self._counts[update] = self._counts[update] + counts if update in self._counts else counts
+        if update > self._update:
+            self._update, self._calls = update, []
+        if update == self._update:
+            self._calls.append(_Call(batch, verdict, inputs))
+
+    def end_of_step(self, step: int, last: bool = False) -> None:
+        """Write what was collected for `step` (1-based) and start the next one. last: the run's last step.
+
+        Nothing is written for a step in which nothing was observed.  Raises: files.DiskFullError.
+        """
+        if self._calls:
+            files.append_jsonl(self.folder / POSITIONS_FILE, self._positions(step))
+            due = self.every > 0 and (step % self.every == 0 or last)
+            if due and self.count:
+                rows = self._samples(step)
+                text = "".join(files.dumps(row) + "\n" for row in rows)
+                files.atomic_write_text(samples_path(self.folder, step), text)
+        self._forget()
+
+    def truncate_after(self, step: int) -> None:
+        """Forget everything after `step`, in the files and in memory (resume from the checkpoint of `step`)."""
+        self._forget()
+        truncate_records(self.folder, step)
+
+    def _positions(self, step: int) -> dict[str, Any]:
+        row: dict[str, Any] = {"step": step, "update": self._update}
+        updates = sorted(self._counts)
+        table = torch.stack([self._counts[update] for update in updates]).tolist()
+        row["tokens"] = [sum(counts) - counts[Reason.OUTSIDE] for counts in table]
+        row["reasons"] = {
+            reason_name(code): [counts[code] for counts in table] for code in Reason if code != Reason.OUTSIDE
+        }
+        masks = [call.mask.cpu() for call in self._calls]
+        # positions are 0-based here and count loss tokens, never columns
+        positions = torch.cat([(mask.cumsum(-1) - 1)[mask] for mask in masks])
+        reasons = torch.cat([call.reason.cpu()[mask] for call, mask in zip(self._calls, masks, strict=True)])
+        held = torch.isin(reasons.long(), torch.tensor(HELD_BACK)).double()
+        scores = [call.divergence for call in self._calls]
+        values = None
+        if all(score is not None for score in scores):
+            values = torch.cat(
+                [score.cpu().double()[mask] for score, mask in zip(scores, masks, strict=True) if score is not None]
+            )
+        return row | by_position(positions, values, held)
+
+    def _samples(self, step: int) -> list[dict[str, Any]]:
+        codes = torch.tensor(HELD_BACK)
+        order: list[tuple[bool, int, int]] = []
+        for number, call in enumerate(self._calls):
+            held = torch.isin(call.reason.cpu().long(), codes).any(-1)
+            order += [(not flag, number, row) for row, flag in enumerate(held.tolist())]
+        # first the first rows in which a token is held back, then the first of the others
+        chosen = sorted(order)[: self.count]
+        offsets = [0]
+        for call in self._calls:
+            offsets.append(offsets[-1] + call.mask.shape[0])
+        return [
+            {"step": step, "update": self._update, "row": offsets[number] + row}
+            | self._response(self._calls[number], row)
+            for _, number, row in chosen
+        ]
+
+    def _response(self, call: _Call, row: int) -> dict[str, Any]:
+        mask = call.mask[row].cpu()
+        width = mask.numel()
+        shown = mask.clone()
+        if "completion_mask" in call.inputs:
+            shown |= call.inputs["completion_mask"][row].bool().cpu()
+        length = int(shown.nonzero().max()) + 1 if bool(shown.any()) else 0
+        ids = call.inputs["completion_ids"][row][:length].tolist() if "completion_ids" in call.inputs else []
+        prompt: list[int] = []
+        if "prompt_ids" in call.inputs:
+            prompt_ids = call.inputs["prompt_ids"][row]
+            prompt_mask = call.inputs.get("prompt_mask")
+            prompt = (prompt_ids if prompt_mask is None else prompt_ids[prompt_mask[row].bool()]).tolist()
+
+        def numbers(values: Tensor | None) -> list[float | None] | None:
+            if values is None:
+                return None
+            line = values[row].float().cpu().tolist()[:length]
+            return [rounded(value) if inside else None for value, inside in zip(line, mask.tolist(), strict=False)]
+
+        def per_response(values: Tensor | None) -> float | None:
+            return None if values is None or values.numel() <= row else rounded(float(values.reshape(-1)[row]))
+
+        log_ratio = call.policy_logp.float() - call.rollout_logp.float()
+        advantages = call.advantages[row].float()[call.mask[row]]
+        return {
+            "prompt": self._pieces.text(prompt),
+            "response": self._pieces.text(ids),
+            "advantage": rounded(float(advantages[0])) if advantages.numel() else None,
+            "delta_b": per_response(call.delta_b),
+            "budget_used": per_response(call.budget_used),
+            "ids": ids,
+            "tokens": self._pieces.split(ids),
+            "mask": mask[:length].int().tolist() if width else [],
+            "reason": [reason_name(code) for code in call.reason[row][:length].tolist()],
+            "coefficient": numbers(call.coefficient),
+            "divergence": numbers(call.divergence),
+            "threshold": numbers(call.threshold),
+            "ratio": numbers(log_ratio.exp()),
+            "log_ratio": numbers(log_ratio),
+            "policy_logp": numbers(call.policy_logp),
+            "rollout_logp": numbers(call.rollout_logp),
+            "advantages": numbers(call.advantages),
+        }
+
+
+def rounded(value: float, digits: int = 6) -> float | None:
+    """`value` to `digits` significant digits (a third of the bytes in a file); None for NaN and infinity."""
+    return float(f"{value:.{digits}g}") if math.isfinite(value) else None
+
+
+def by_position(positions: Tensor, divergence: Tensor | None, held: Tensor) -> dict[str, Any]:
+    """Means by position, in at most 128 buckets whose width is the smallest power of two that suffices.
+
+    positions [n] int, 0-based among the loss tokens of a response; divergence [n] or None; held [n] 0/1.  Gives "width"
+    (positions a bucket: bucket i holds positions i*width+1 ... (i+1)*width, 1-based) and a list a bucket: "count"
+    (tokens), "held_back" (tokens), and, with a divergence, "sum", "mean" and "tail_mean", the mean of the largest
+    ceil(count / 10) values.  NaN values are left out of the three. Empty buckets hold null.
+    """
+    longest = int(positions.max()) + 1 if positions.numel() else 0
+    width = 1
+    while longest > MAX_BUCKETS * width:
+        width *= 2
+    buckets = -(-longest // width)
+    index = positions // width
+    result: dict[str, Any] = {
+        "width": width,
+        "count": torch.bincount(index, minlength=buckets).tolist(),
+        "held_back": [int(n) for n in torch.bincount(index, weights=held, minlength=buckets).tolist()],
+    }
+    if divergence is not None:
+        usable = divergence.isfinite()
+        order = divergence[usable].argsort(descending=True, stable=True)
+        by_bucket = index[usable][order].argsort(stable=True)  # grouped by bucket, largest first inside each
+        values = divergence[usable][order][by_bucket]
+        counts: Sequence[int] = torch.bincount(index[usable], minlength=buckets).tolist()
+        parts = values.split(list(counts))
+        result["sum"] = [rounded(float(part.sum()), 9) for part in parts]
+        result["mean"] = [rounded(float(part.mean()), 9) if len(part) else None for part in parts]
+        result["tail_mean"] = [
+            rounded(float(part[: math.ceil(TAIL_SHARE * len(part))].mean()), 9) if len(part) else None for part in parts
+        ]
+    return result
+
+
+class _Pieces:
+    """Decodes token by token such that the pieces read like the text, without a quadratic number of decodes."""
+
+    def __init__(self, tokenizer: Decoder):
+        self._tokenizer = tokenizer
+        self._single: dict[int, str] = {}
+
+    def text(self, ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=False)) if ids else ""
+
+    def split(self, ids: Sequence[int]) -> list[str]:
+        pieces: list[str] = []
+        for at, token in enumerate(ids):
+            if token not in self._single:
+                self._single[token] = self.text([token])
+            piece = self._single[token]
+            if at:
+                # SentencePiece-like tokenizers drop the space before a token that is decoded alone
+                before, pair = self._single[ids[at - 1]], self.text([ids[at - 1], token])
+                if before and pair.startswith(before) and len(pair) > len(before):
+                    piece = pair[len(before) :]
+            pieces.append(piece)
+        return pieces

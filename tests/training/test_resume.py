@@ -1,0 +1,85 @@
+"""Kill -9 at any moment, resume, and end with the same bits as a run that was left alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+SETTINGS = [
+    "task=arithmetic",
+    "task.families=[chain-12]",
+    "tiny.hidden_size=32",
+    "tiny.layers=1",
+    "tiny.heads=2",
+    "warmup.steps=20",
+    "warmup.batch_size=16",
+    "rollout.prompts=4",
+    "rollout.responses=4",
+    "rollout.max_new_tokens=40",
+    "updates=2",
+    "steps=6",
+    "save_every=1",
+    "rule.delta=0.02",
+    "optimizer.learning_rate=0.003",
+    "evaluation.every=3",
+    "evaluation.problems=4",
+    "evaluation.samples=2",
+    "samples.every=2",
+    "samples.count=2",
+]
+
+
+def start(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "dumb", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, timeout=300)
+
+
+def cppo(*arguments: str) -> subprocess.CompletedProcess[str]:
+    done = start("-m", "cppo.cli", *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def rows(path: Path) -> list[dict[str, object]]:
+    """Lines of a JSONL file without wall-clock figures."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines]
+
+
+def same(one: Path, other: Path) -> None:
+    assert rows(one / "metrics.jsonl") == rows(other / "metrics.jsonl")
+    assert (one / "positions.jsonl").read_bytes() == (other / "positions.jsonl").read_bytes()
+    for sub in ("samples", "best", "checkpoints"):
+        mine = {p.relative_to(one) for p in (one / sub).rglob("*") if p.is_file()}
+        assert mine == {p.relative_to(other) for p in (other / sub).rglob("*") if p.is_file()}
+    for pattern in ("samples/*.jsonl", "**/model.safetensors"):
+        for path in one.glob(pattern):
+            assert path.read_bytes() == (other / path.relative_to(one)).read_bytes(), path
+
+
+@pytest.mark.slow
+def test_killed_at_every_kind_of_moment_ends_with_the_same_bits(tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    cppo("train", *SETTINGS, f"output_dir={whole}")
+    killed.mkdir()
+    for name in ("config.yaml", "versions.json"):
+        text = (whole / name).read_text().replace(str(whole), str(killed))
+        (killed / name).write_text(text)
+    for where in ("warmup", "evaluation", "rollout", "updates", "save"):
+        done = start(str(HERE / "killed_run.py"), where, str(killed))
+        assert done.returncode == -signal.SIGKILL, where + done.stdout + done.stderr
+        assert not list(killed.rglob("summary.md"))
+    stopped = start(str(HERE / "killed_run.py"), "interrupt", str(killed))
+    assert stopped.returncode == 130, stopped.stdout + stopped.stderr
+    assert "--resume" in stopped.stdout
+    cppo("train", "--resume", str(killed))
+    same(whole, killed)
+    text = (killed / "summary.md").read_text()
+    assert "Avg@2" in text
