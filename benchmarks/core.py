@@ -6,7 +6,8 @@ Claims: CPPO with a fixed budget costs at most 3 x DPPO and with the adaptive bu
 faster than a loop over responses; and its memory peaks at most 8 x one input tensor above the inputs. All with the
 binary divergence, so that it is part of the cost. Two loops are timed: Algorithm 1 as it is printed, a token at a
 time; and one with torch operations along each response (there the gain is the overhead of a response, so it depends
-on their length: see the same at 512 columns).
+on their length: see the same at 512 columns). Eager PyTorch is bound by memory traffic, so the package is timed under
+torch.compile, too.
 
 How: repeats are interleaved (a slow moment of the machine hits all rules alike), each figure is the median. Memory is
 the growth of the peak resident set of a fresh process from "inputs exist" to "verdict and loss were computed", with
@@ -152,13 +153,15 @@ def relative_to_loops(rows: int, columns: int, repeats: int) -> dict[str, dict[s
         assert differ < 1e-4, f"{label}: the loop computes something else ({differ:.2%} of the tokens differ)"
         calls: dict[str, Callable[[], object]] = {
             "package": partial(verdict_and_loss, rule, data),
+            "compiled": partial(torch.compile(verdict_and_loss, fullgraph=True, dynamic=False), rule, data),
             "torch, a response at a time": partial(loop_over_responses, rule, data, rows),
             "a token at a time": partial(token_by_token, rule, data, few),
         }
         median = interleaved(calls, repeats)
-        package = median.pop("package")
+        package, compiled = median.pop("package"), median.pop("compiled")
         median["a token at a time"] *= tokens
         result[label] = {loop: value / package for loop, value in median.items()}
+        result[label] |= {f"{loop}, package compiled": value / compiled for loop, value in median.items()}
     return result
 
 

@@ -24,6 +24,7 @@ from rich.table import Table
 
 import cppo
 from cppo.errors import UserError
+from cppo.rules.base import rule_class
 
 app = typer.Typer(
     name="cppo",
@@ -258,13 +259,7 @@ def rules(
     """The trust regions: parameters, defaults, sources."""
     console = Console(highlight=False)
     if name is not None:
-        if name not in cppo.RULES:
-            from cppo.rules.base import nearest
-
-            raise UserError(
-                f"there is no rule {name!r}: the rules are {', '.join(cppo.RULES)}.{nearest(name, cppo.RULES)}"
-            )
-        rule = cppo.RULES[name]
+        rule = rule_class(name)
         console.print(f"[bold]{name}[/]  {escape(rule.source)}\n", soft_wrap=True)
         console.print(inspect.getdoc(rule) or "", markup=False, soft_wrap=True)
         console.print(f"\nDefaults: {escape(_parameters(rule) or 'no parameters')}", soft_wrap=True)

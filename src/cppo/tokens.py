@@ -215,7 +215,7 @@ class TokenBatch:
             value = self.divergence.detach()[inside]
             if not bool(value.isfinite().all()) or bool((value < 0).any()):
                 raise ValueError(
-                    "divergence is negative, NaN or infinite at a loss token: D_t must be a divergence, not an estimate "
-                    "of one."
+                    "divergence is negative, NaN or infinite at a loss token: D_t must be a divergence, not an "
+                    "estimate of one."
                 )
         return self

@@ -13,8 +13,7 @@ import pytest
 
 HERE = Path(__file__).parent
 SETTINGS = [
-    "task=arithmetic",
-    "task.families=[chain-12]",
+    "task=toy_task:Letters",
     "tiny.hidden_size=32",
     "tiny.layers=1",
     "tiny.heads=2",
@@ -27,6 +26,7 @@ SETTINGS = [
     "steps=6",
     "save_every=1",
     "rule.delta=0.02",
+    "rule.delta_b=0.005",
     "optimizer.learning_rate=0.003",
     "evaluation.every=3",
     "evaluation.problems=4",
@@ -37,7 +37,8 @@ SETTINGS = [
 
 
 def start(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "dumb", "HF_HUB_OFFLINE": "1"}
+    path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "dumb", "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, timeout=300)
 
 
@@ -81,5 +82,28 @@ def test_killed_at_every_kind_of_moment_ends_with_the_same_bits(tmp_path: Path) 
     assert "--resume" in stopped.stdout
     cppo("train", "--resume", str(killed))
     same(whole, killed)
-    text = (killed / "summary.md").read_text()
-    assert "Avg@2" in text
+    assert "Avg@2" in (killed / "summary.md").read_text()
+    # ... and the run was one in which something happened
+    masked = [row.get("trust/masked_fraction", 0) for row in rows(whole / "metrics.jsonl")]
+    assert 0 < max(masked) < 1
+    start_weights, end_weights = (
+        whole / "warmup/model/model.safetensors",
+        whole / "checkpoints/step-000006/model.safetensors",
+    )
+    assert start_weights.read_bytes() != end_weights.read_bytes()
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_run(tmp_path: Path) -> None:
+    """Data parallel over gloo: one folder, one set of metrics, an evaluation of all problems, a loadable checkpoint."""
+    folder = tmp_path / "two"
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "cppo.cli", "train"]
+    done = start(*launch, *SETTINGS, "steps=2", "evaluation.every=1", "evaluation.problems=5", f"output_dir={folder}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = rows(folder / "metrics.jsonl")
+    assert [row["update"] for row in lines if row["kind"] == "train"] == [1, 2, 3, 4]
+    assert [row["step"] for row in lines if row["kind"] == "evaluation"] == [0, 1, 2]
+    assert done.stdout.count("Results go to") == 1
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_pretrained(folder / "checkpoints" / "step-000002")

@@ -171,7 +171,21 @@ def register(cls: R) -> R:
         bool(cls.name) and cls.name not in RULES, f"a rule named {cls.name!r} exists already, or the name is empty."
     )
     RULES[cls.name] = cls
+    for name in sorted(RULES):  # lists of rules are read by people
+        RULES[name] = RULES.pop(name)
     return cls
+
+
+def rule_class(name: str) -> type[TrustRegion]:
+    """The class of a rule by its name.
+
+    Raises
+    ------
+    ValueError : there is none of this name; the nearest one is named.
+    """
+    if name not in RULES:
+        raise ValueError(f"there is no rule {name!r}: the rules are {', '.join(RULES)}.{nearest(name, RULES)}")
+    return RULES[name]
 
 
 def make_rule(name: str, **parameters: Any) -> TrustRegion:
@@ -181,9 +195,7 @@ def make_rule(name: str, **parameters: Any) -> TrustRegion:
     ------
     ValueError : unknown name or parameter (the nearest right one is named), or a value out of range.
     """
-    if name not in RULES:
-        raise ValueError(f"there is no rule {name!r}: the rules are {', '.join(RULES)}.{nearest(name, RULES)}")
-    cls = RULES[name]
+    cls = rule_class(name)
     known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
     for parameter in parameters:
         if parameter not in known:

@@ -4,9 +4,10 @@ updates.
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -45,7 +46,8 @@ class StopRequest:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        self._on_request()
+        with contextlib.suppress(RuntimeError):  # the signal may have come in the middle of a print
+            self._on_request()
 
 
 class NonFiniteError(RuntimeError):
@@ -58,15 +60,31 @@ class NonFiniteGuard(TrainerCallback):
     Works with any transformers Trainer, TRL's included, on one or several processes (DDP and FSDP average gradients, so
     all processes see the same). DeepSpeed steps inside its own engine and has its own overflow handling.
 
+    Parameters
+    ----------
+    checkpoints : the newest is named when the run stops.
+    limit : this many in a row stop it.
+    advice : what to try, as the beginning of a sentence.
+
     Attributes
     ----------
     skipped : updates skipped so far; last : whether the newest one was; in_a_row.
     """
 
-    def __init__(self, limit: int = 10, last_good: Callable[[], Path | None] = lambda: None) -> None:
-        self.limit, self.last_good = limit, last_good
+    def __init__(
+        self,
+        checkpoints: Checkpoints,
+        limit: int = 10,
+        advice: str = "Lower optimizer.learning_rate, set rule.ratio_cap, or look at the rewards",
+    ) -> None:
+        self.checkpoints, self.limit, self.advice = checkpoints, limit, advice
         self.skipped = self.in_a_row = 0
         self.last = False
+
+    def restore(self, skipped: Sequence[float]) -> None:
+        """Go on counting after the updates of a resumed run, 1 where one was skipped."""
+        self.skipped = int(sum(skipped))
+        self.in_a_row = next((n for n, one in enumerate(reversed(skipped)) if not one), len(skipped))
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -84,14 +102,14 @@ class NonFiniteGuard(TrainerCallback):
         self.skipped += 1
         self.in_a_row += 1
         if self.in_a_row >= self.limit:
-            good = self.last_good()
-            where = f"The last good checkpoint is {good}" if good else "There is no checkpoint yet"
+            good = self.checkpoints.latest()
+            where = "There is no checkpoint yet"
+            if good is not None:
+                where = f"The last good checkpoint is {self.checkpoints.path(good)}"
             raise NonFiniteError(
                 f"{self.in_a_row} updates in a row had a NaN or infinite gradient (the last: update "
-                f"{state.global_step + 1}); "
-                f"each was skipped, and the run stops. {where}. Lower optimizer.learning_rate, set "
-                f"rule.ratio_cap, or look at "
-                "the rewards; the weights are as they were before these updates."
+                f"{state.global_step + 1}); each was skipped, and the run stops. {where}; the weights are as they "
+                f"were before these updates. {self.advice}."
             )
 
 

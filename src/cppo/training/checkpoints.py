@@ -10,12 +10,11 @@ Weights are safetensors.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 from pathlib import Path
 
-from cppo.training.files import disk_full_as_sentence
+from cppo.training.files import disk_full_as_sentence, fsync_folder
 
 SAVING = ".saving"
 
@@ -71,13 +70,11 @@ class Checkpoints:
                 for name in names:
                     with open(os.path.join(root, name), "rb") as file:
                         os.fsync(file.fileno())
+                fsync_folder(Path(root))
             if target.exists():  # the same step again after a resume: it holds the same state
                 shutil.rmtree(target)
             os.replace(written, target)
-            handle = os.open(self.folder, os.O_RDONLY)
-            with contextlib.suppress(OSError):
-                os.fsync(handle)
-            os.close(handle)
+            fsync_folder(self.folder)
         for old in self.steps()[: -self.keep]:
             shutil.rmtree(self.path(old), ignore_errors=True)
         return target

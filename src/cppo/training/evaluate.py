@@ -11,10 +11,12 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import PartialState
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from cppo.errors import UserError
 from cppo.tasks import Example, Task, make_task
+from cppo.training.processes import from_all
 
 if TYPE_CHECKING:
     from cppo.training.config import Config
@@ -46,8 +48,12 @@ def sample_responses(
     batch_size: int,
     seed: int,
     on_batch: OnBatch | None = None,
+    together: bool = False,
 ) -> list[list[str]]:
-    """`samples` responses a prompt, as text without special tokens; deterministic by `seed` on one kind of machine."""
+    """`samples` responses a prompt, as text without special tokens; deterministic by `seed` on one kind of machine.
+
+    `together`: the model is sharded, so all processes must make the same number of forward passes.
+    """
     ids = [prompt_ids(tokenizer, prompt) for prompt in prompts for _ in range(samples)]
     generation = GenerationConfig(
         do_sample=True,
@@ -70,7 +76,10 @@ def sample_responses(
                     model.device
                 )
                 output = model.generate(
-                    input_ids=rows["input_ids"], attention_mask=rows["attention_mask"], generation_config=generation
+                    input_ids=rows["input_ids"],
+                    attention_mask=rows["attention_mask"],
+                    generation_config=generation,
+                    synced_gpus=together,
                 )
                 texts += tokenizer.batch_decode(output[:, rows["input_ids"].shape[1] :], skip_special_tokens=True)
                 if on_batch is not None:
@@ -87,32 +96,39 @@ def evaluate(
     benchmarks: dict[str, Sequence[Example]],
     config: Config,
     on_batch: OnBatch | None = None,
+    together: bool = False,
 ) -> dict[str, float]:
     """Avg@k and pass@k for each benchmark and their unweighted mean, k = ``evaluation.samples``.
 
+    Called by all processes, each of which takes its share of the problems; all return the same figures.
     Avg@k is the mean score over problems and samples; pass@k the share of problems with a response of full score among
     the k. Keys: ``avg/<benchmark>``, ``pass/<benchmark>``, ``avg/mean``, ``pass/mean``, ``samples``.
     """
-    settings = config.evaluation
+    settings, process = config.evaluation, PartialState()
+    rank, size = process.process_index, process.num_processes
     row: dict[str, float] = {"samples": settings.samples}
     done = 0
     for name, examples in benchmarks.items():
         offset = done
+        share = list(examples[rank::size])
+        # equal shares, so that sharded models make the same number of passes on every process
+        filled = share + [examples[0]] * (-(-len(examples) // size) - len(share))
         responses = sample_responses(
             model,
             tokenizer,
-            [example.prompt for example in examples],
+            [example.prompt for example in filled],
             samples=settings.samples,
             temperature=settings.temperature,
             top_p=settings.top_p,
             max_new_tokens=settings.max_new_tokens or config.rollout.max_new_tokens,
             batch_size=settings.batch_size,
-            seed=config.seed,
-            on_batch=None if on_batch is None else lambda n, offset=offset: on_batch(offset + n),  # type: ignore[misc]
+            seed=config.seed + 1_000_003 * rank,
+            on_batch=None if on_batch is None else lambda n, offset=offset: on_batch(offset + n * size),  # type: ignore[misc]
+            together=together,
         )
         done += len(examples) * settings.samples
-        pairs = [(example, text) for example, texts in zip(examples, responses, strict=True) for text in texts]
-        flat = score_all(task, pairs)
+        pairs = [(example, text) for example, texts in zip(share, responses, strict=False) for text in texts]
+        flat = [score for part in from_all(score_all(task, pairs)) for score in part]
         scores = [flat[start : start + settings.samples] for start in range(0, len(flat), settings.samples)]
         row[f"avg/{name}"] = sum(flat) / len(flat)
         row[f"pass/{name}"] = sum(max(line) >= 1.0 for line in scores) / len(scores)

@@ -34,6 +34,7 @@ __all__ = [
     "atomic_write_text",
     "disk_full_as_sentence",
     "dumps",
+    "fsync_folder",
     "jsonable",
     "read_jsonl",
     "recover_folder",
@@ -47,7 +48,13 @@ OLD_SUFFIX = ".cppo-old"
 _FULL_ERRNOS = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}
 _FULL_ERRNOS[errno.EFBIG] = "the file would be larger than the limit on file sizes allows"
 # safetensors (Rust) and torch.save (C++) raise their own exception types without an errno
-_FULL_PHRASES = ("no space left on device", "storagefull", "disk quota exceeded", "pytorchstreamwriter failed writing")
+_FULL_PHRASES = (
+    "no space left on device",
+    "storagefull",
+    "disk quota exceeded",
+    "file too large",
+    "pytorchstreamwriter failed writing",
+)
 
 
 class DiskFullError(OSError):
@@ -87,7 +94,8 @@ def disk_full_as_sentence(path: str | os.PathLike[str]) -> Iterator[None]:
         raise DiskFullError(path, error) from error
 
 
-def _fsync_folder(folder: Path) -> None:
+def fsync_folder(folder: Path) -> None:
+    """Wait until the entries of `folder`, renames among them, are on the disk."""
     # the rename itself is durable only when the folder's entry is; some file systems refuse to sync a folder
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
@@ -124,7 +132,7 @@ def atomic_write_bytes(path: str | os.PathLike[str], data: bytes) -> Path:
             with contextlib.suppress(OSError):
                 temporary.unlink()
             raise
-        _fsync_folder(target.parent)
+        fsync_folder(target.parent)
     return target
 
 
@@ -190,7 +198,7 @@ def append_jsonl(path: str | os.PathLike[str], *rows: Mapping[str, Any]) -> None
         finally:
             os.close(handle)
         if is_new:
-            _fsync_folder(target.parent)
+            fsync_folder(target.parent)
 
 
 def _end_of_whole_lines(handle: int) -> int:
@@ -280,7 +288,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
                     with open(file, "rb") as stream:
                         os.fsync(stream.fileno())
             for folder in (*(entry for entry in temporary.rglob("*") if entry.is_dir()), temporary):
-                _fsync_folder(folder)
+                fsync_folder(folder)
             if target.exists():
                 os.replace(target, _old(target))
             os.replace(temporary, target)
@@ -288,7 +296,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
             recover_folder(target)
             raise
-        _fsync_folder(target.parent)
+        fsync_folder(target.parent)
         shutil.rmtree(_old(target), ignore_errors=True)
 
 

@@ -4,14 +4,16 @@ exactly.
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import shutil
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from cppo.errors import UserError
 from cppo.training import files
@@ -35,17 +37,38 @@ def prepare_folder(config: Config, resume: Path | None) -> Path:
         files.remove_temporaries(resume)
         return resume
     if config.output_dir is None:
-        folder = _numbered(Path("runs"), f"{config.name}-{config.rule.name}")
+        with _as_sentence("the folder runs"):
+            folder = _numbered(Path("runs"), f"{config.name}-{config.rule.name}")
     else:
         folder = Path(config.output_dir)
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"output_dir={folder} is a file; choose an empty or new folder.")
         if folder.exists() and any(folder.iterdir()):
             what = "another run" if (folder / CONFIG_FILE).exists() else "other files"
             how = f", or go on with it: cppo train --resume {folder}" if what == "another run" else ""
             raise UserError(f"output_dir={folder} holds {what}; choose an empty or new folder{how}.")
-        folder.mkdir(parents=True, exist_ok=True)
+        with _as_sentence(f"output_dir={folder}"):
+            folder.mkdir(parents=True, exist_ok=True)
     files.atomic_write_json(folder / "versions.json", versions())
     files.atomic_write_text(folder / CONFIG_FILE, config.to_yaml())
     return folder
+
+
+def drop_unused(folder: Path) -> None:
+    """Remove the folder of a run that failed before anything of worth was in it, so that the corrected command may have
+    its name.
+    """
+    made = {"versions.json", CONFIG_FILE, "checkpoints"}
+    if {entry.name for entry in folder.iterdir()} <= made and not Checkpoints(folder / "checkpoints").steps():
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _as_sentence(what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{what} cannot be made: {error.strerror} ({error.filename}). Set output_dir.") from error
 
 
 def _numbered(parent: Path, name: str) -> Path:
@@ -98,7 +121,7 @@ def latest_state(folder: Path, checkpoints: Checkpoints, warmup: Checkpoints) ->
         def stays(row: dict[str, Any]) -> bool:
             if row["kind"] == "warmup":
                 return done or row["update"] <= last
-            return done and row["kind"] == "evaluation" and row["step"] == 0
+            return row["kind"] == "evaluation" and row["step"] == 0  # made after the warm-up, if there is one
 
         files.truncate_after(folder / METRICS_FILE, -1, keep=stays)
     else:
@@ -107,11 +130,25 @@ def latest_state(folder: Path, checkpoints: Checkpoints, warmup: Checkpoints) ->
     return read_metrics(folder)
 
 
-def save_best(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, step: int) -> None:
-    """Keep the policy of `step` as best/step-000010, loadable by AutoModelForCausalLM; the best before it goes."""
+def load_checkpoint(path: Path) -> PreTrainedModel:
+    """The policy of a checkpoint, float32 (of an adapter with its base model)."""
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+
+
+def save_best(
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    step: int,
+    weights: dict[str, Any] | None = None,
+) -> None:
+    """Keep the policy of `step` as best/step-000010, loadable by AutoModelForCausalLM; the best before it goes.
+
+    `weights` are those of a sharded model, gathered; else the model's own are saved.
+    """
     target = folder / "best" / f"step-{step:06d}"
     with files.atomic_folder(target) as temporary:
-        model.save_pretrained(temporary)
+        model.save_pretrained(temporary, **({} if weights is None else {"state_dict": weights}))
         tokenizer.save_pretrained(temporary)
     for other in (folder / "best").glob("step-*"):
         if other != target:

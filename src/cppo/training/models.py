@@ -64,7 +64,7 @@ def tiny_model(settings: Any, tokenizer: PreTrainedTokenizerBase, seed: int) -> 
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        rope_parameters={"rope_type": "default", "rope_theta": settings.rope_theta},
     )
     # A generator of its own would not reach the model's initialisers; the global one is put back afterwards.
     with torch.random.fork_rng(devices=[]):
@@ -91,6 +91,12 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
             f"the model "
             "with tokenizer.save_pretrained(...), or check the name."
         ) from error
+    # Without files transformers makes an empty tokenizer from the model's type, by which every text is of length 0.
+    if len(tokenizer) <= len(tokenizer.all_special_ids) or not tokenizer("1 a")["input_ids"]:
+        raise UserError(
+            f"model={source}: there is no tokenizer (no vocabulary was found). Save one beside the model with "
+            "tokenizer.save_pretrained(...)."
+        )
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise UserError(
@@ -108,10 +114,12 @@ def load_model(source: str, dtype: torch.dtype) -> PreTrainedModel:
     ------
     UserError : it cannot be loaded (what transformers says, in one sentence).
     """
-    if Path(source).exists() and not (Path(source) / "config.json").exists():
+    adapter = (Path(source) / "adapter_config.json").exists()  # LoRA: transformers loads the base model, too
+    if Path(source).exists() and not adapter and not (Path(source) / "config.json").exists():
         raise UserError(f"model={source}: the folder holds no config.json, so it is no model folder.")
     try:
-        AutoConfig.from_pretrained(source, trust_remote_code=False)
+        if not adapter:
+            AutoConfig.from_pretrained(source, trust_remote_code=False)
         return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=False, use_safetensors=True)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from rich.console import Console
 from transformers import (
@@ -29,10 +29,6 @@ from transformers import (
     PreTrainedTokenizerBase,
     PrinterCallback,
     ProgressCallback,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
 )
 from transformers.utils.logging import disable_progress_bar
 
@@ -40,17 +36,20 @@ from cppo.engines.trl import TrustRegionTrainer, trust_region_config
 from cppo.errors import UserError
 from cppo.tasks import Example, Task, make_task
 from cppo.training import files
-from cppo.training.callbacks import NonFiniteGuard, SaveOnBoundary, StopRequest, split_clock
+from cppo.training.callbacks import NonFiniteGuard, SaveOnBoundary, StopRequest
 from cppo.training.checkpoints import Checkpoints
 from cppo.training.config import Config
 from cppo.training.evaluate import evaluate, held_out, score_all
-from cppo.training.folder import latest_state, prepare_folder, save_best
+from cppo.training.folder import drop_unused, latest_state, load_checkpoint, prepare_folder, save_best
 from cppo.training.models import build_policy, load_tokenizer
 from cppo.training.plots import before_and_after, write_plots
+from cppo.training.processes import from_all, from_main, is_sharded, start_processes, whole_weights
 from cppo.training.progress import RunProgress, accuracy_table
 from cppo.training.recorder import RunRecorder, append_metrics, read_metrics
 from cppo.training.samples import render_sample
-from cppo.training.summary import write_summary
+from cppo.training.steps import StepCallback, WarmupCallback, due_for_evaluation
+from cppo.training.summary import best_evaluation, write_summary
+from cppo.training.trackers import check_trackers, tensorboard_in
 from cppo.training.trl_kwargs import trl_config_kwargs
 from cppo.training.warmup import warmup_trainer
 
@@ -90,42 +89,55 @@ class Run:
 
     # -- stages --------------------------------------------------------------------------------------------------
 
-    def evaluate(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, step: int) -> dict[str, Any]:
-        """Evaluate on the main process; the others wait. The row is logged and the best policy so far is kept."""
-        row: dict[str, Any] = {}
-        if self.main:
-            total = sum(map(len, self.benchmarks.values())) * self.config.evaluation.samples
-            name = "evaluation" if step in (0, self.config.steps) else f"evaluation at step {step}"
-            self.progress.start_phase(name, total)
-            began, done = time.monotonic(), 0
+    def evaluate(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        step: int,
+        trainer: TrustRegionTrainer | None = None,
+    ) -> None:
+        """Evaluate (all processes share the problems), log the row, and keep the policy if it is the best so far.
 
-            def on_batch(count: int) -> None:
-                nonlocal done
-                if self.stop.requested:
-                    raise self.interrupted()
-                self.progress.advance(count - done)
-                done = count
+        `trainer` is needed where it has sharded the model: weights are then gathered through it.
+        """
+        total = sum(map(len, self.benchmarks.values())) * self.config.evaluation.samples
+        name = "evaluation" if step in (0, self.config.steps) else f"evaluation at step {step}"
+        self.progress.start_phase(name, total)
+        began, done = time.monotonic(), 0
 
-            row = evaluate(model, tokenizer, self.task, self.benchmarks, self.config, on_batch)
-            row = {"step": step, "update": step * self.config.updates, "kind": "evaluation", **row}
-            self.log(**row, **{"time/evaluation": time.monotonic() - began})
-            self.progress.note(f"step {step}: Avg@{self.config.evaluation.samples} {row['avg/mean']:.3f}")
-            best = max((r for r in read_metrics(self.folder) if r["kind"] == "evaluation"), key=_score)
-            if best["step"] == step:
-                save_best(self.folder, model, tokenizer, step)
+        def on_batch(count: int) -> None:
+            nonlocal done
+            if self.stop.requested and PartialState().num_processes == 1:
+                raise self.interrupted()
+            count = min(count, total)  # processes round their shares up
+            self.progress.advance(count - done)
+            done = count
+
+        together = trainer is not None and is_sharded(trainer.accelerator)
+        figures = evaluate(model, tokenizer, self.task, self.benchmarks, self.config, on_batch, together)
+        seconds = {"time/evaluation": time.monotonic() - began}
+        row: dict[str, Any] = {"step": step, "update": step * self.config.updates, "kind": "evaluation", **figures}
+        self.progress.note(f"step {step}: Avg@{self.config.evaluation.samples} {row['avg/mean']:.3f}")
+        best = best_evaluation([*read_metrics(self.folder), row]) if self.main else None
+        if from_main(best is not None and best["step"] == step):
+            weights = None if trainer is None else whole_weights(trainer.accelerator, trainer.model_wrapped)
+            if self.main:
+                save_best(self.folder, model, tokenizer, step, weights)
+        # Last: a run that is killed before this line evaluates again, so the best policy is never missing.
+        self.log(**row, **seconds)
         PartialState().wait_for_everyone()
-        return row
 
     def warm_up(self) -> Path:
         """Train on demonstrations; returns the folder of the resulting model. Goes on where a killed warm-up
         stopped.
         """
         result = self.folder / "warmup" / "model"
-        if result.exists():
+        if from_main(result.exists()):
             return result
         model, tokenizer = build_policy(self.config, getattr(self.task, "alphabet", None))
         if self.config.warmup.steps:
-            callbacks = [SaveOnBoundary(self.warmup_checkpoints), WarmupCallback(self)]
+            guard = NonFiniteGuard(self.warmup_checkpoints, advice="Lower warmup.learning_rate")
+            callbacks = [guard, SaveOnBoundary(self.warmup_checkpoints), WarmupCallback(self, guard)]
             trainer = warmup_trainer(
                 model, tokenizer, self.task, self.config, self.warmup_checkpoints.saving, callbacks
             )
@@ -134,7 +146,7 @@ class Run:
             began = time.monotonic()
             with files.disk_full_as_sentence(self.warmup_checkpoints.folder):
                 trainer.train(resume_from_checkpoint=None if done is None else str(self.warmup_checkpoints.path(done)))
-            if self.stop.requested:
+            if any(from_all(self.stop.requested)):
                 raise self.interrupted()
             seconds = {"time/warmup": time.monotonic() - began}
             self.log(step=0, update=self.config.warmup.steps, kind="warmup", **seconds)
@@ -167,14 +179,18 @@ class Run:
                 f"task {self.task.name!r} has {len(examples)} training problems, fewer than rollout.prompts="
                 f"{config.rollout.prompts}: lower rollout.prompts or give it more data."
             )
+        # Exactly as many rows as are used: in a second pass over fewer ones, a resumed run would see another order.
+        rows = [i % len(examples) for i in range(config.steps * config.rollout.prompts)]
         kwargs = trl_config_kwargs(config, str(self.checkpoints.saving), PartialState().num_processes)
+        kwargs.setdefault("run_name", self.folder.name)  # in trackers
         recorder = RunRecorder(self.folder, tokenizer, config.samples.every, config.samples.count, config.updates)
-        guard = NonFiniteGuard(last_good=self.last_good)
+        guard = NonFiniteGuard(self.checkpoints)
+        guard.restore([row.get("skipped_nonfinite", 0) for row in read_metrics(self.folder, "train")])
         trainer = TrustRegionTrainer(
             model=model,
             reward_funcs=reward_function(self.task, examples),
             args=trust_region_config(**kwargs),
-            train_dataset=Dataset.from_list([{"prompt": e.prompt, "index": i} for i, e in enumerate(examples)]),
+            train_dataset=Dataset.from_list([{"prompt": examples[i].prompt, "index": i} for i in rows]),
             processing_class=tokenizer,
             rule=config.make_rule(),
             top_k=config.top_k,
@@ -191,111 +207,27 @@ class Run:
             trainer.remove_callback(quiet)
         return trainer
 
-    def last_good(self) -> Path | None:
-        step = self.checkpoints.latest()
-        return None if step is None else self.checkpoints.path(step)
+    def start_rl_phase(self, done: int) -> None:
+        name = f"{self.config.rule.name}: rollout + {self.config.updates} updates"
+        self.progress.start_phase(name, self.config.steps, done)
 
-    def reinforce(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-        """RL from the newest checkpoint to the last step; returns the policy."""
-        trainer = self.trainer(model, tokenizer)
+    @staticmethod
+    def policy_of(trainer: TrustRegionTrainer) -> PreTrainedModel:
+        """The model to generate with: as it is where sharded, else without what wraps it."""
+        accelerator = trainer.accelerator
+        return trainer.model_wrapped if is_sharded(accelerator) else accelerator.unwrap_model(trainer.model)
+
+    def reinforce(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        """RL from the newest checkpoint to the last step, and the evaluation after it."""
+        with tensorboard_in(self.folder / "tensorboard"):
+            trainer = self.trainer(model, tokenizer)
         done = self.checkpoints.latest()
-        self.progress.start_phase(
-            f"{self.config.rule.name}: rollout + {self.config.updates} updates", self.config.steps, done or 0
-        )
+        self.start_rl_phase(done or 0)
         with files.disk_full_as_sentence(self.checkpoints.folder):
             trainer.train(resume_from_checkpoint=None if done is None else str(self.checkpoints.path(done)))
-        if self.stop.requested and (self.checkpoints.latest() or 0) < self.config.steps:
+        if (self.checkpoints.latest() or 0) < self.config.steps:
             raise self.interrupted()
-        return trainer.accelerator.unwrap_model(trainer.model)
-
-
-class WarmupCallback(TrainerCallback):
-    """Metrics and checkpoints of the warm-up."""
-
-    def __init__(self, run: Run) -> None:
-        self.run = run
-        self.every = max(1, run.config.warmup.steps // 5)
-        self.shown = 0
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.run.progress.advance(1)
-        if self.run.stop.requested:
-            control.should_save = control.should_training_stop = True
-        elif state.global_step % self.every == 0 and state.global_step < state.max_steps:
-            control.should_save = True
-
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
-    ) -> None:
-        if "loss" in logs:
-            self.run.progress.advance(0, loss=logs["loss"])
-            self.run.log(step=0, update=state.global_step, kind="warmup", **split_clock(logs))
-
-
-class StepCallback(TrainerCallback):
-    """What happens at the end of each update and of each step of RL."""
-
-    def __init__(
-        self,
-        run: Run,
-        recorder: RunRecorder,
-        guard: NonFiniteGuard,
-        tokenizer: PreTrainedTokenizerBase,
-        trainer: TrustRegionTrainer,
-    ) -> None:
-        self.run, self.recorder, self.guard, self.tokenizer, self.trainer = run, recorder, guard, tokenizer, trainer
-        self.figures: dict[str, Any] = {}
-        self.masked: list[float] = []
-        self.began = time.monotonic()
-
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
-    ) -> None:
-        if "loss" not in logs:  # the closing summary of the Trainer
-            return
-        row = split_clock(logs)
-        if self.guard.last:
-            row["skipped_nonfinite"] = 1
-        updates = self.run.config.updates
-        step = -(-state.global_step // updates)
-        self.run.log(step=step, update=state.global_step, kind="train", **row)
-        if "reward" in row:
-            self.figures["reward"] = row["reward"]
-        self.masked.append(float(row.get("trust/masked_fraction", 0.0)))
-        if state.global_step % updates == 0:
-            skipped = {"skipped": self.guard.skipped} if self.guard.skipped else {}
-            figures = {**self.figures, "masked": sum(self.masked) / len(self.masked), **skipped}
-            self.run.progress.advance(1, **figures)
-            self.masked.clear()
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        config, run = self.run.config, self.run
-        control.should_log = True
-        if state.global_step % config.updates:
-            return  # within a rollout batch: no point from which to resume
-        step = state.global_step // config.updates
-        final = step == config.steps
-        if run.main:
-            self.recorder.end_of_step(step, last=final)
-        if run.stop.requested and not final:
-            control.should_save = control.should_training_stop = True
-        elif final or step % config.save_every == 0 or due_for_evaluation(config, step):
-            control.should_save = True
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        # After the checkpoint of this step, not before: a long evaluation that is killed costs no training. Its row
-        # carries the step, and a resume evaluates again where the row is missing.
-        run, step = self.run, state.global_step // self.run.config.updates
-        if due_for_evaluation(run.config, step) and not control.should_training_stop:
-            run.evaluate(self.trainer.accelerator.unwrap_model(self.trainer.model), self.tokenizer, step)
-            run.progress.start_phase(
-                f"{run.config.rule.name}: rollout + {run.config.updates} updates", run.config.steps, step
-            )
-
-
-def due_for_evaluation(config: Config, step: int) -> bool:
-    """Whether a step between the first and the last is evaluated."""
-    return bool(config.evaluation.every) and 0 < step < config.steps and step % config.evaluation.every == 0
+        self.evaluate(self.policy_of(trainer), tokenizer, self.config.steps, trainer)
 
 
 def reward_function(task: Task, examples: Sequence[Example]) -> Any:
@@ -317,11 +249,6 @@ def peft_config(config: Config) -> Any:
     return LoraConfig(task_type="CAUSAL_LM", **config.peft.model_dump(exclude_none=True))
 
 
-def _score(row: dict[str, Any]) -> tuple[float, int]:
-    # the earliest of equally good ones
-    return row["avg/mean"], -row["step"]
-
-
 def train(config: Config, resume: Path | None = None, console: Console | None = None) -> RunResult:
     """Run `config` from the beginning, or go on with the run in the folder `resume`.
 
@@ -335,42 +262,36 @@ def train(config: Config, resume: Path | None = None, console: Console | None = 
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     disable_progress_bar()  # transformers' own, for each file it reads or writes
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|trl")
-    process = PartialState()
+    warnings.filterwarnings("ignore", message="all responses to each prompt")  # StepCallback says it
+    process = start_processes()
     console = console or Console(quiet=not process.is_main_process)
+    check_trackers(config.report_to)
     task = make_task(config.task.name, **config.task.options)
     held_out(task, config)  # before a folder is made: a wrong task leaves nothing behind
-    names = [str(prepare_folder(config, resume)) if process.is_main_process else ""]
-    folder = Path(broadcast_object_list(names)[0] if process.num_processes > 1 else names[0])
+    folder = from_main(prepare_folder(config, resume) if process.is_main_process else Path())
     progress = RunProgress(console, results=folder)
     stop = StopRequest(
         lambda: progress.note("Stopping at the end of this rollout batch, with a checkpoint (Ctrl-C again: at once).")
     )
-    with progress, stop, _interruptible(folder):
+    with progress, stop, _interruptible(folder), _undone(folder, new=resume is None and process.is_main_process):
         progress.note(f"Results go to {folder}")
         run = Run(config, task, folder, progress, stop)
         rows = latest_state(run.folder, run.checkpoints, run.warmup_checkpoints) if process.is_main_process else []
-        process.wait_for_everyone()
+        evaluated = from_main({row["step"] for row in rows if row["kind"] == "evaluation"})
         model, tokenizer = run.policy()
-        evaluated = {row["step"] for row in rows if row["kind"] == "evaluation"}
         resumed = run.checkpoints.latest()
-        if process.is_main_process and resumed is None and 0 not in evaluated:
+        if resumed is None and 0 not in evaluated:
             run.evaluate(_placed(model), tokenizer, 0)
-        elif process.is_main_process and resumed and due_for_evaluation(config, resumed) and resumed not in evaluated:
+        elif resumed and resumed not in evaluated and (due_for_evaluation(config, resumed) or resumed == config.steps):
             # the run was killed between this checkpoint and its evaluation
-            checkpoint = AutoModelForCausalLM.from_pretrained(run.checkpoints.path(resumed), dtype=model.dtype)
-            run.evaluate(_placed(checkpoint), tokenizer, resumed)
-        process.wait_for_everyone()
+            run.evaluate(_placed(load_checkpoint(run.checkpoints.path(resumed))), tokenizer, resumed)
         if (resumed or 0) < config.steps:
-            model = run.reinforce(model, tokenizer)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(run.checkpoints.path(config.steps), dtype=model.dtype)
-        if config.steps not in evaluated:
-            run.evaluate(_placed(model), tokenizer, config.steps)
+            run.reinforce(model, tokenizer)
         return finish(run, console)
 
 
 def _how_to_resume(folder: Path) -> str:
-    return f"Stopped. To go on from the newest checkpoint: cppo train --resume {folder}"
+    return f"Stopped. To go on from the newest checkpoint: cppo train --resume {shlex.quote(str(folder))}"
 
 
 @contextlib.contextmanager
@@ -384,20 +305,33 @@ def _interruptible(folder: Path) -> Iterator[None]:
         raise Interrupted(_how_to_resume(folder)) from None
 
 
+@contextlib.contextmanager
+def _undone(folder: Path, new: bool) -> Iterator[None]:
+    """A new run that fails on what the user gave leaves no empty folder, which would refuse the corrected command."""
+    try:
+        yield
+    except ValueError:
+        if new:
+            drop_unused(folder)
+        raise
+
+
 def _placed(model: PreTrainedModel) -> PreTrainedModel:
     return model.to(PartialState().device)
 
 
 def finish(run: Run, console: Console) -> RunResult:
     """Plots, summary and the closing tables, from the files of the run."""
-    rows = [row for row in read_metrics(run.folder) if row["kind"] == "evaluation"] if run.main else []
     if not run.main:
         return RunResult(run.folder, {}, {}, {})
+    rows = read_metrics(run.folder, "evaluation")
     run.progress.pause()
+    for checkpoints in (run.checkpoints, run.warmup_checkpoints):
+        checkpoints.clear_unfinished()
     write_plots(run.folder)
     write_summary(run.folder)
     before, after = (dict(row or {}) for row in before_and_after(rows))
-    best = max(rows, key=_score)
+    best = dict(best_evaluation(rows) or {})
     render_sample(run.folder, console)
     console.print(accuracy_table(before, after))
     console.print(

@@ -57,6 +57,8 @@ class Tiny(Section):
     """Longest prompt and response together, in tokens."""
     initializer_range: Positive = 0.1
     """Standard deviation of the initial weights. At these widths 0.02, which large models use, does not learn."""
+    rope_theta: Positive = 100.0
+    """Base of the rotary positions. In contexts this short 1e4, as in large models, blurs neighbouring positions."""
 
 
 class TaskSettings(Section):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -52,6 +53,11 @@ class Demonstrations(torch.utils.data.Dataset[dict[str, list[int]]]):
         return {"input_ids": prompt + response, "labels": [-100] * len(prompt) + response}
 
 
+def logging_steps(steps: int) -> int:
+    """Updates between two rows of metrics. Checkpoints lie on multiples, since a row holds the mean loss in between."""
+    return max(1, steps // 50)
+
+
 def collate(pad: int) -> Any:
     """Rows padded on the right."""
 
@@ -81,14 +87,14 @@ def warmup_trainer(
     arguments = TrainingArguments(
         output_dir=str(output_dir),
         max_steps=settings.steps,
-        per_device_train_batch_size=settings.batch_size,
+        per_device_train_batch_size=-(-settings.batch_size // PartialState().num_processes),
         learning_rate=settings.learning_rate,
         weight_decay=settings.weight_decay,
         adam_beta2=0.95,
         max_grad_norm=1.0,
         lr_scheduler_type="cosine",
         warmup_steps=min(50, settings.steps // 10),
-        logging_steps=max(1, settings.steps // 50),
+        logging_steps=logging_steps(settings.steps),
         logging_nan_inf_filter=False,
         save_strategy="no",  # the callback decides
         report_to="none",

@@ -1,0 +1,510 @@
+"""Whole runs, small: what a run leaves behind, and what happens when something goes wrong in the middle of one."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from cppo import RULES, cli
+from cppo.training import run as run_module
+from cppo.training.callbacks import NonFiniteError
+from cppo.training.checkpoints import Checkpoints
+from cppo.training.config import load_config
+from cppo.training.files import DiskFullError
+
+HERE = Path(__file__).parent
+TINY = ["tiny.hidden_size=32", "tiny.layers=1", "tiny.heads=2", "warmup.steps=20", "warmup.batch_size=16"]
+BATCH = ["rollout.prompts=4", "rollout.responses=4", "updates=2", "evaluation.problems=4", "evaluation.samples=2"]
+ARITHMETIC = ["task=arithmetic", "task.families=[chain-12]", "rollout.max_new_tokens=40", *TINY, *BATCH]
+LETTERS = ["task=toy_task:Letters", "rollout.max_new_tokens=12", "optimizer.learning_rate=0.003", *BATCH]
+
+
+def train(*settings: str) -> Any:
+    return run_module.train(load_config(None, list(settings)))
+
+
+def rows(folder: Path, kind: str | None = None) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in found if kind in (None, row["kind"])]
+
+
+def untimed(folder: Path) -> list[dict[str, Any]]:
+    return [{name: row[name] for name in row if not name.startswith("time/")} for row in rows(folder)]
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def loads_and_generates(folder: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    inputs = tokenizer("1+2=", return_tensors="pt")
+    output = model.generate(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=3)
+    assert output.shape[1] > 4
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture
+def invoke(monkeypatch, tmp_path):
+    """The program in this process, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("NO_COLOR", "1")
+    return lambda *arguments: CliRunner().invoke(cli.app, list(map(str, arguments)))
+
+
+@pytest.fixture
+def no_plots(monkeypatch):
+    """Half of the time of the smallest runs."""
+    monkeypatch.setattr(run_module, "write_plots", lambda folder: None)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """A whole run of the built-in task, with a warm-up."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    result = train(*ARITHMETIC, "steps=2", "evaluation.every=1", "samples.every=1", f"output_dir={folder}")
+    assert result.folder == folder
+    return folder
+
+
+@pytest.fixture(scope="module")
+def policy(whole) -> Path:
+    """A model folder such as a user would have."""
+    return whole / "warmup" / "model"
+
+
+# -- what a run leaves behind ----------------------------------------------------------------------------------------
+
+
+def test_run_folder(whole):
+    steps = ["step-000001", "step-000002"]
+    assert sorted(path.name for path in (whole / "checkpoints").iterdir()) == steps
+    assert len(list((whole / "best").iterdir())) == 1
+    assert sorted(path.stem for path in (whole / "samples").iterdir()) == steps
+    assert load_config(whole / "config.yaml").steps == 2
+    assert {"python", "cppo", "torch", "trl", "transformers"} <= json.loads(
+        (whole / "versions.json").read_text()
+    ).keys()
+    positions = lines(whole / "positions.jsonl")
+    assert [row["step"] for row in positions] == [1, 2]
+    sample = lines(whole / "samples" / "step-000002.jsonl")[0]
+    assert len(sample["tokens"]) == len(sample["reason"]) == len(sample["ids"])
+    plots = list((whole / "plots").iterdir())
+    assert {path.stem for path in plots} >= {"reward", "avg", "masked", "divergence"}
+    assert all(path.read_bytes().startswith(b"\x89PNG\r\n") for path in plots)
+    assert not list(whole.rglob(".*")), "leftovers of a save"
+
+
+def test_metrics_schema(whole):
+    every = rows(whole)
+    assert all(isinstance(row["step"], int) and isinstance(row["update"], int) for row in every)
+    assert all(isinstance(value, int | float | str | None) for row in every for value in row.values())
+    assert [row["update"] for row in every if row["kind"] == "warmup" and "loss" in row] == list(range(1, 21))
+    updates = rows(whole, "train")
+    assert [(row["step"], row["update"]) for row in updates] == [(1, 1), (1, 2), (2, 3), (2, 4)]
+    for row in updates:
+        assert {"loss", "grad_norm", "learning_rate", "trust/masked_fraction", "trust/divergence_mean"} <= row.keys()
+        assert "skipped_nonfinite" not in row
+    clock = {"step_time", "train_runtime"}
+    assert not clock & {name for row in every for name in row}, "wall-clock figures belong under time/"
+    evaluations = rows(whole, "evaluation")
+    assert [(row["step"], row["samples"]) for row in evaluations] == [(0, 2), (1, 2), (2, 2)]
+    assert all(0 <= row["avg/chain-12"] == row["avg/mean"] <= row["pass/mean"] <= 1 for row in evaluations)
+
+
+def test_summary_gives_the_accuracy(whole):
+    text = (whole / "summary.md").read_text()
+    after = rows(whole, "evaluation")[-1]
+    assert "Avg@2" in text and "chain-12" in text and f"{after['avg/chain-12']:.3f}" in text
+    assert "Best validation score" in text and "cppo train --resume" in text
+
+
+def test_policies_load_and_generate(whole):
+    for folder in (*(whole / "checkpoints").iterdir(), *(whole / "best").iterdir(), whole / "warmup" / "model"):
+        loads_and_generates(folder)
+
+
+def test_evaluate_a_checkpoint_gives_the_logged_figures(whole, invoke, tmp_path):
+    done = invoke("evaluate", whole / "checkpoints" / "step-000002", "--json", tmp_path / "figures.json")
+    assert done.exit_code == 0, done.output
+    assert "chain-12" in done.stdout and "Avg@2" in done.stdout
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    logged = rows(whole, "evaluation")[-1]
+    assert {name: figures[name] for name in figures if "/" in name} == {
+        name: logged[name] for name in logged if name.startswith(("avg/", "pass/"))
+    }
+
+
+def test_resume_of_a_finished_run_changes_nothing(whole, invoke):
+    before = (whole / "metrics.jsonl").read_bytes()
+    done = invoke("train", "--resume", whole)
+    assert done.exit_code == 0 and "Best validation score" in done.stdout
+    assert (whole / "metrics.jsonl").read_bytes() == before
+
+
+# -- rules, tasks, models --------------------------------------------------------------------------------------------
+
+CASES = [
+    [f"rule={name}", *(["rule.divergence=binary_tv"] if binary else [])]
+    for name, rule in RULES.items()
+    for binary in ([False, True] if getattr(rule, "divergence", None) else [False])
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(part.partition("=")[2] for part in case))
+def test_every_rule_trains(case, policy, tmp_path, no_plots):
+    train(f"model={policy}", *case, *LETTERS, "steps=1", "evaluation.samples=1", f"output_dir={tmp_path / 'run'}")
+    updates = rows(tmp_path / "run", "train")
+    assert [row["update"] for row in updates] == [1, 2]
+    assert all(math.isfinite(row["loss"]) and math.isfinite(row["trust/masked_fraction"]) for row in updates)
+    assert updates[0]["trust/masked_fraction"] < 0.05, "on the first update the policy is the rollout policy"
+    assert not same(weights(policy), weights(tmp_path / "run" / "checkpoints" / "step-000001"))
+    assert case[0].removeprefix("rule=") in (tmp_path / "run" / "summary.md").read_text()
+
+
+def test_the_nine_rules_are_covered():
+    assert len(RULES) == 9 and {case[0].removeprefix("rule=") for case in CASES} == set(RULES)
+
+
+def test_reasoning_gym(tmp_path, no_plots):
+    pytest.importorskip("reasoning_gym")
+    settings = ["rollout.max_new_tokens=8", "steps=1", f"output_dir={tmp_path / 'run'}"]
+    train("task=reasoning_gym:chain_sum", *TINY, *BATCH, *settings)
+    assert [row["step"] for row in rows(tmp_path / "run", "evaluation")] == [0, 1]
+
+
+def test_own_task_from_scratch_with_few_problems(tmp_path, no_plots):
+    run, resumed = tmp_path / "run", tmp_path / "resumed"
+    train(*LETTERS, *TINY, "task.problems=5", "steps=3", "keep_checkpoints=3", f"output_dir={run}")
+    assert len(rows(run, "train")) == 6, "five problems are used again for the second batch"
+    # the second pass over the problems is in the same order after a resume
+    shutil.copytree(run, resumed, ignore=shutil.ignore_patterns("step-000003", "best"))
+    run_module.train(load_config(run / "config.yaml"), resume=resumed)
+    assert untimed(resumed) == untimed(run)
+    assert same(*(weights(folder / "checkpoints" / "step-000003") for folder in (run, resumed)))
+
+
+def test_a_model_of_ones_own_is_not_warmed_up_and_tensorboard_gets_the_metrics(policy, tmp_path):
+    folder = tmp_path / "run"
+    train(f"model={policy}", *LETTERS, "steps=1", "report_to=tensorboard", f"output_dir={folder}")
+    assert not rows(folder, "warmup") and not (folder / "warmup").exists()
+    events = list((folder / "tensorboard").rglob("events.out.tfevents.*"))
+    assert events and b"trust/masked_fraction" in b"".join(path.read_bytes() for path in events)
+    assert "TENSORBOARD_LOGGING_DIR" not in os.environ
+
+
+def test_lora(policy, tmp_path, invoke):
+    folder = tmp_path / "run"
+    train(f"model={policy}", *LETTERS, "steps=1", "peft={r: 4}", f"output_dir={folder}")
+    assert (folder / "checkpoints" / "step-000001" / "adapter_model.safetensors").exists()
+    done = invoke("evaluate", folder / "checkpoints" / "step-000001", "--json", tmp_path / "figures.json")
+    assert done.exit_code == 0, done.output
+    logged = rows(folder, "evaluation")[-1]["avg/mean"]
+    assert json.loads((tmp_path / "figures.json").read_text())["avg/mean"] == pytest.approx(logged)
+
+
+# -- NaN and all-equal rewards ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """poison(wanted) makes the gradient of updates for which wanted(update) holds NaN; returns what the trainer was
+    like at the start of each update: weights and optimizer state.
+    """
+
+    def arrange(wanted) -> list[tuple[dict[str, torch.Tensor], list[torch.Tensor]]]:
+        seen: list[tuple[dict[str, torch.Tensor], list[torch.Tensor]]] = []
+        original = run_module.TrustRegionTrainer.training_step
+
+        def training_step(self, *args, **kwargs):
+            state = {name: value.clone() for name, value in self.model.state_dict().items()}
+            moments = [v.clone() for entry in self.optimizer.state.values() for v in entry.values()]
+            seen.append((state, moments))
+            loss = original(self, *args, **kwargs)
+            if wanted(len(seen)):
+                next(self.model.parameters()).grad[0, 0] = math.nan
+            return loss
+
+        monkeypatch.setattr(run_module.TrustRegionTrainer, "training_step", training_step)
+        return seen
+
+    return arrange
+
+
+def test_updates_with_nan_are_skipped_and_counted(poison, policy, tmp_path):
+    seen = poison(lambda update: update in (2, 3))
+    train(f"model={policy}", *LETTERS, "steps=3", f"output_dir={tmp_path / 'run'}")
+    assert [row.get("skipped_nonfinite", 0) for row in rows(tmp_path / "run", "train")] == [0, 1, 1, 0, 0, 0]
+    for update in range(1, 6):
+        (before, moments), (after, moments_after) = seen[update - 1], seen[update]
+        untouched = same(before, after)
+        assert untouched == (update in (2, 3)), update
+        if update in (2, 3):
+            assert len(moments) == len(moments_after) and all(map(torch.equal, moments, moments_after))
+    assert "2 of 6" in (tmp_path / "run" / "summary.md").read_text()
+
+
+def test_ten_in_a_row_stop_the_run_and_name_the_last_good_checkpoint(poison, policy, tmp_path, invoke):
+    seen = poison(lambda update: update > 4)
+    done = invoke("train", f"model={policy}", *LETTERS, "steps=9", f"output_dir={tmp_path / 'run'}")
+    assert done.exit_code == 1 and "Traceback" not in done.stderr
+    good = tmp_path / "run" / "checkpoints" / "step-000006"
+    assert done.stderr.startswith("Error: 10 updates in a row") and f"last good checkpoint is {good};" in done.stderr
+    assert same(weights(good), seen[4][0]), "as after the last finite update"
+    loads_and_generates(good)
+    # still NaN after a resume: the updates before the checkpoint count
+    before = len(seen)
+    with pytest.raises(NonFiniteError, match="10 updates in a row"):
+        run_module.train(load_config(tmp_path / "run" / "config.yaml"), resume=tmp_path / "run")
+    assert len(seen) - before == 2
+
+
+def test_a_warm_up_that_diverges_stops_too(monkeypatch, tmp_path, invoke):
+    from transformers import Trainer
+
+    original = Trainer.training_step
+
+    def training_step(self, *args, **kwargs):
+        loss = original(self, *args, **kwargs)
+        next(self.model.parameters()).grad[0, 0] = math.inf
+        return loss
+
+    monkeypatch.setattr(Trainer, "training_step", training_step)
+    done = invoke("train", *ARITHMETIC, "steps=1", f"output_dir={tmp_path / 'run'}")
+    assert done.exit_code == 1 and "10 updates in a row" in done.stderr and "warmup.learning_rate" in done.stderr
+
+
+def test_equal_rewards_are_said_and_the_run_goes_on(policy, tmp_path, invoke):
+    settings = ["task.equal=true", "steps=2", f"output_dir={tmp_path / 'run'}"]
+    done = invoke("train", f"model={policy}", *LETTERS, *settings)
+    assert done.exit_code == 0, done.output
+    assert done.stdout.count("all responses to each prompt of a rollout batch have the same reward") == 1
+    shares = [row["trust/zero_spread_fraction"] for row in rows(tmp_path / "run", "train")[::2]]
+    assert shares == [1.0, 1.0]
+
+
+# -- what the user gave is wrong -------------------------------------------------------------------------------------
+
+
+def refused(done: Any, *parts: str) -> None:
+    assert done.exit_code == 2, done.output
+    assert done.stderr.startswith("Error: ") and "Traceback" not in done.output
+    for part in parts:
+        assert part in done.stderr, done.stderr
+
+
+def contents(folder: Path) -> dict[Path, tuple[bytes, int]]:
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_folder_of_another_run_is_refused_untouched(whole, invoke):
+    before = contents(whole)
+    refused(invoke("train", *ARITHMETIC, f"output_dir={whole}"), "holds another run", f"cppo train --resume {whole}")
+    assert contents(whole) == before
+
+
+def test_resume_of_no_run(whole, invoke, tmp_path):
+    refused(invoke("train", "--resume", tmp_path), "there is no run", "config.yaml is missing")
+    refused(invoke("train", "--resume", tmp_path / "nothing"), "there is no run")
+    refused(invoke("train", "--resume", whole, "steps=9"), "takes no others")
+
+
+def test_output_folder_that_is_a_file(invoke, tmp_path):
+    (tmp_path / "taken").write_text("mine")
+    refused(invoke("train", *ARITHMETIC, "output_dir=taken"), "output_dir=taken is a file")
+    refused(invoke("train", *ARITHMETIC, "output_dir=taken/run"), "output_dir=taken/run cannot be made")
+    assert (tmp_path / "taken").read_text() == "mine"
+
+
+def test_model_folder_without_tokenizer(policy, invoke, tmp_path):
+    bare = tmp_path / "bare"
+    shutil.copytree(policy, bare, ignore=shutil.ignore_patterns("tokenizer*"))
+    done = invoke("train", f"model={bare}", *LETTERS, "steps=1", "output_dir=run")
+    refused(done, f"model={bare}", "no tokenizer")
+    assert not (tmp_path / "run").exists(), "the corrected command may have the same folder"
+    refused(invoke("evaluate", bare), "no tokenizer")
+
+
+def test_unknown_tracker(policy, invoke, tmp_path):
+    refused(invoke("train", f"model={policy}", *LETTERS, "report_to=tensorbord"), "report_to", "tensorboard")
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "text,parts",
+    [
+        ("", ["train.jsonl holds no problem"]),
+        ('{"prompt": "1+1", "answer": "2"}\n{"prompt": "1+\n', ["train.jsonl, line 2 is not JSON"]),
+        ('{"prompt": "1+1", "answer": "2"}\n[1, 2]\n', ["train.jsonl, line 2 holds a list"]),
+        ('{"prompt": "1+1"}\n', ["train.jsonl, line 1 has no answer", "its columns are prompt"]),
+    ],
+    ids=["empty", "malformed", "no object", "no answers"],
+)
+def test_bad_data_file(text, parts, policy, invoke, tmp_path):
+    pytest.importorskip("math_verify")
+    (tmp_path / "train.jsonl").write_text(text)
+    (tmp_path / "test.jsonl").write_text('{"prompt": "2+2", "answer": "4"}\n')
+    data = ["task=math", "task.train=train.jsonl", "task.validation=test.jsonl"]
+    refused(invoke("train", f"model={policy}", *data, *BATCH, "output_dir=run"), *parts)
+    assert not (tmp_path / "run").exists()
+
+
+# -- a full disk, Ctrl-C ---------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def file_size_limit(folder: Path, size: int) -> Iterator[None]:
+    """No file may grow beyond `size` bytes: like a quota, for the whole process."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@contextlib.contextmanager
+def filled(folder: Path, size: int) -> Iterator[None]:
+    """Fill the disk of `folder` up to `size` bytes."""
+    filler = folder / "filler"
+    with open(filler, "wb") as file:
+        file.write(b"\0" * (shutil.disk_usage(folder).free - size))
+    try:
+        yield
+    finally:
+        filler.unlink()
+
+
+@pytest.fixture(params=["limit", "tmpfs"])
+def disk(request, tmp_path) -> Iterator[tuple[Path, Any]]:
+    """(a folder, what makes it full)."""
+    if request.param == "limit":
+        yield tmp_path, file_size_limit
+        return
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to mount a small tmpfs")
+    try:
+        yield folder, filled
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_full_disk_in_a_save(disk, policy, monkeypatch, invoke, no_plots):
+    folder, full = disk
+    run, stack = folder / "run", contextlib.ExitStack()
+    publish = Checkpoints.publish
+
+    def publish_then_fill(self, written, step):
+        target = publish(self, written, step)
+        stack.enter_context(full(folder, 30_000))
+        return target
+
+    monkeypatch.setattr(Checkpoints, "publish", publish_then_fill)
+    with stack:
+        done = invoke("train", f"model={policy}", *LETTERS, "steps=2", f"output_dir={run}")
+        assert done.exit_code == 1, done.output
+        assert isinstance(done.exception, SystemExit) and "Traceback" not in done.output
+        assert done.stderr.startswith("Error: Cannot write") and "resume" in done.stderr
+        assert [path.name for path in (run / "checkpoints").glob("step-*")] == ["step-000001"]
+        loads_and_generates(run / "checkpoints" / "step-000001")
+    monkeypatch.setattr(Checkpoints, "publish", publish)
+    done = invoke("train", "--resume", run)
+    assert done.exit_code == 0, done.output
+    assert [row["update"] for row in rows(run, "train")] == [1, 2, 3, 4]
+    loads_and_generates(run / "checkpoints" / "step-000002")
+
+
+def test_disk_full_error_is_one_of_ours():
+    assert issubclass(DiskFullError, OSError) and DiskFullError.__module__.startswith("cppo.")
+
+
+def test_ctrl_c_in_the_warm_up_stops_between_two_rows_of_metrics(monkeypatch, tmp_path, no_plots):
+    from transformers import Trainer
+
+    settings = [*LETTERS, *TINY, "warmup.steps=100", "warmup.batch_size=2", "steps=1"]  # a row each second update
+    train(*settings, f"output_dir={tmp_path / 'whole'}")
+    original, calls = Trainer.training_step, 0
+
+    def training_step(self, *args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == 13:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "training_step", training_step)
+    with pytest.raises(run_module.Interrupted, match="cppo train --resume"):
+        train(*settings, f"output_dir={tmp_path / 'stopped'}")
+    assert rows(tmp_path / "stopped")[-1]["update"] == 14
+    run_module.train(load_config(tmp_path / "stopped" / "config.yaml"), resume=tmp_path / "stopped")
+    assert untimed(tmp_path / "stopped") == untimed(tmp_path / "whole")
+
+
+def test_stopped_while_the_best_policy_is_saved(monkeypatch, policy, tmp_path):
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_module, "save_best", stop)
+    with pytest.raises(run_module.Interrupted):
+        train(f"model={policy}", *LETTERS, "task.equal=true", "steps=1", f"output_dir={tmp_path / 'run'}")
+    monkeypatch.undo()
+    done = run_module.train(load_config(tmp_path / "run" / "config.yaml"), resume=tmp_path / "run")
+    assert [row["step"] for row in rows(tmp_path / "run", "evaluation")] == [0, 1]
+    assert done.best["step"] == 0, "the first of equals"
+    loads_and_generates(tmp_path / "run" / "best" / "step-000000")
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_on_a_step_boundary_and_resume_finishes(policy, tmp_path, invoke):
+    run = tmp_path / "a run"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "cppo.cli", "train", f"model={policy}", *LETTERS, "steps=8", f"output_dir={run}"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        limit = time.monotonic() + 120
+        while not ((run / "metrics.jsonl").exists() and rows(run, "train")):
+            assert process.poll() is None and time.monotonic() < limit
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, out + err
+    assert err.strip().splitlines()[-1].endswith(f"cppo train --resume '{run}'") and "Traceback" not in err
+    newest = Checkpoints(run / "checkpoints").latest()
+    assert newest is not None and newest < 8
+    state = json.loads((run / "checkpoints" / f"step-{newest:06d}" / "trainer_state.json").read_text())
+    assert state["global_step"] == 2 * newest
+    assert not (run / "summary.md").exists()
+    done = invoke("train", "--resume", run)
+    assert done.exit_code == 0, done.output
+    assert [row["update"] for row in rows(run, "train")] == list(range(1, 17))
