@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from cppo.prefix import Layout, Shard, layout
+from cppo.prefix import Layout, Packed, Shard, layout
 
 #: The log-ratio is bounded from above here before it is exponentiated: e^20 = 4.9e8 keeps float32 finite (the bound
 #: that verl, Stable-RL and UniRL use). There is no lower bound: e^-95 is just a small number.
@@ -152,8 +152,6 @@ class TokenBatch:
             return advantages[:, None] if advantages.dim() == 1 else advantages
         if advantages.shape[0] == self.policy_logp.shape[0]:
             return advantages
-        from cppo.prefix import Packed  # typed access to the segment ids
-
         return advantages[Packed(self.cu_seqlens).segment(self.policy_logp.shape[0])]
 
     def log_ratio(self) -> Tensor:

@@ -1,0 +1,15 @@
+"""What holds for all tests: no network, and the same examples in every run."""
+
+from __future__ import annotations
+
+import os
+
+# before anything imports transformers or datasets
+for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRL_EXPERIMENTAL_SILENCE"):
+    os.environ.setdefault(name, "1")
+
+from hypothesis import settings  # noqa: E402
+
+# Machines that run CI share their cores, so no deadline; a failure that cannot be repeated helps nobody.
+settings.register_profile("cppo", deadline=None, derandomize=True)
+settings.load_profile("cppo")
