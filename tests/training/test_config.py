@@ -461,3 +461,10 @@ def test_every_key_is_documented():
 def test_the_page_lists_the_settings_as_they_are():
     page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
     assert page == with_table(page), "run: python -m cppo.training.reference docs/configuration.md"
+
+
+def test_another_task_names_the_run() -> None:
+    """Not the recipe that the task was taken out of; a name that is given wins."""
+    assert load_config(None, ["steps=2"]).name == "arithmetic"
+    assert load_config(None, ["task=reasoning_gym:chain_sum"]).name == "reasoning_gym-chain_sum"
+    assert load_config(None, ["name=mine", "task=reasoning_gym:chain_sum"]).name == "mine"

@@ -10,6 +10,7 @@ Precedence: defaults < recipe < overrides. All problems are found together, befo
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -165,6 +166,8 @@ def _override(raw: dict[str, Any], overrides: Sequence[str]) -> list[str]:
             section = raw.get(key)
             if not (isinstance(section, dict) and section.get("name") == value):
                 raw[key] = {"name": value}
+                if key == "task":  # the recipe's name would mislead; `name=` wins, it comes later
+                    raw["name"] = re.sub(r"\W+", "-", value).strip("-")
         else:
             raw[key] = value
     for key, value in rest:
