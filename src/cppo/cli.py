@@ -200,9 +200,10 @@ def evaluate(
     folder, saved = locate(model)
     config = load_config(recipe if recipe is not None else saved, settings)
     from cppo.training.evaluate import evaluate_model
+    from cppo.training.progress import RunProgress
 
-    with Console(stderr=True).status("loading") as status:
-        row = evaluate_model(folder, config, on_batch=lambda done: status.update(f"{done} responses"))
+    with RunProgress(Console(stderr=True)) as progress:
+        row = evaluate_model(folder, config, progress)
     Console(highlight=False).print(evaluation_table(folder, row))
     if json_path is not None:
         from cppo.training.files import atomic_write_text

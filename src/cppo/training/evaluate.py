@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import PartialState
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 from cppo.errors import UserError
 from cppo.tasks import Example, Task, make_task
-from cppo.training.processes import from_all
+from cppo.training.processes import from_all, start_processes
 
 if TYPE_CHECKING:
     from cppo.training.config import Config
+    from cppo.training.progress import RunProgress
 
 #: Called after each batch of sampled responses with the number of responses done.
 OnBatch = Callable[[int], None]
@@ -161,14 +163,25 @@ def held_out(task: Task, config: Config) -> dict[str, Sequence[Example]]:
     return benchmarks
 
 
-def evaluate_model(model: str, config: Config, on_batch: OnBatch | None = None) -> dict[str, Any]:
+def evaluate_model(model: str, config: Config, progress: RunProgress | None = None) -> dict[str, Any]:
     """Load a model (folder or hub id) and evaluate it with the task and the settings of `config`."""
     from cppo.training.models import evaluation_dtype, load_model, load_tokenizer
 
+    device = start_processes().device
+    disable_progress_bar()  # transformers' own, for each file it reads
     task = make_task(config.task.name, **config.task.options)
     benchmarks = held_out(task, config)
     tokenizer = load_tokenizer(model)
-    policy = load_model(model, evaluation_dtype())
-    if torch.cuda.is_available():
-        policy = policy.to("cuda")
+    policy = load_model(model, evaluation_dtype()).to(device)
+    total = sum(map(len, benchmarks.values())) * config.evaluation.samples
+    done = 0
+
+    def on_batch(count: int) -> None:
+        nonlocal done
+        if progress is not None:
+            progress.advance(min(count, total) - done)
+        done = min(count, total)
+
+    if progress is not None:
+        progress.start_phase("evaluation", total)
     return evaluate(policy, tokenizer, task, benchmarks, config, on_batch)

@@ -231,7 +231,7 @@ class Config(Section):
     """All settings of a run. One *step* is one rollout batch, used for `updates` optimizer updates."""
 
     name: str = "custom"
-    """Label of the run: its folder is `runs/NAME-RULE-001`. Not given: the recipe's file name, or another task's name."""
+    """Label of the run: its folder is `runs/NAME-RULE-001`. Default: the recipe's file name, or another task's name."""
     model: Annotated[str, Field(min_length=1)] = "tiny"
     """`tiny` (made from the section `tiny`), a local folder, or a hub id."""
     tiny: Tiny = Field(default_factory=Tiny)
