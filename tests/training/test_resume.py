@@ -107,3 +107,9 @@ def test_two_processes_share_a_run(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     AutoModelForCausalLM.from_pretrained(folder / "checkpoints" / "step-000002")
+
+
+def test_all_processes_skip_what_one_of_them_sees(tmp_path: Path) -> None:
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = start(*launch, str(HERE / "guard_worker.py"), str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr

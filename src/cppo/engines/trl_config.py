@@ -33,7 +33,7 @@ PRESETS: Mapping[str, Any] = {
 
 
 def trust_region_config(**kwargs: Any) -> GRPOConfig:
-    """`GRPOConfig(**kwargs)` with TRL's own clipping off and its mask hook on (`trl_settings.PRESETS`; `kwargs` win).
+    """`GRPOConfig(**kwargs)` with TRL's own clipping off and its mask hook on (`PRESETS`; `kwargs` win).
 
     Without an accelerator also bf16=False, use_cpu=True, gradient_checkpointing=False, as TRL's defaults assume a GPU.
     A `save_steps` that is not given is TRL's 500 rounded up to the end of a rollout batch.

@@ -16,6 +16,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from cppo.training.checkpoints import Checkpoints
+from cppo.training.processes import any_process
 
 #: What transformers and TRL report in seconds; kept apart from what a seed determines.
 _CLOCK = ("step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos")
@@ -57,8 +58,9 @@ class NonFiniteError(RuntimeError):
 class NonFiniteGuard(TrainerCallback):
     """Skip an update whose gradient holds NaN or infinity: its gradients are dropped before the optimizer sees them.
 
-    Works with any transformers Trainer, TRL's included, on one or several processes (DDP and FSDP average gradients, so
-    all processes see the same). DeepSpeed steps inside its own engine and has its own overflow handling.
+    Works with any transformers Trainer, TRL's included, on one or several processes: all of them skip where one sees a
+    bad gradient, which under FSDP may lie in the shard of one process alone. DeepSpeed steps inside its own engine and
+    has its own overflow handling.
 
     Parameters
     ----------
@@ -90,10 +92,10 @@ class NonFiniteGuard(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         parameters = [p for p in kwargs["model"].parameters() if p.grad is not None]
-        if not parameters:
-            return
-        norms = torch._foreach_norm([p.grad for p in parameters], float("inf"))  # type: ignore[arg-type]
-        self.last = not bool(torch.stack([norm.float() for norm in norms]).isfinite().all())
+        gradients = [g.to_local() if hasattr(g, "to_local") else g for p in parameters if (g := p.grad) is not None]
+        norms = torch._foreach_norm([g for g in gradients if g.numel()], float("inf")) if gradients else ()
+        finite = not norms or bool(torch.stack([norm.float() for norm in norms]).isfinite().all())
+        self.last = any_process(not finite)
         if not self.last:
             self.in_a_row = 0
             return

@@ -43,7 +43,7 @@ from cppo.training.evaluate import evaluate, held_out, score_all
 from cppo.training.folder import drop_unused, latest_state, load_checkpoint, prepare_folder, save_best
 from cppo.training.models import build_policy, load_tokenizer
 from cppo.training.plots import before_and_after, write_plots
-from cppo.training.processes import from_all, from_main, is_sharded, start_processes, whole_weights
+from cppo.training.processes import any_process, from_main, is_sharded, start_processes, whole_weights
 from cppo.training.progress import RunProgress, accuracy_table
 from cppo.training.recorder import RunRecorder, append_metrics, read_metrics
 from cppo.training.samples import render_sample
@@ -146,7 +146,7 @@ class Run:
             began = time.monotonic()
             with files.disk_full_as_sentence(self.warmup_checkpoints.folder):
                 trainer.train(resume_from_checkpoint=None if done is None else str(self.warmup_checkpoints.path(done)))
-            if any(from_all(self.stop.requested)):
+            if any_process(self.stop.requested):
                 raise self.interrupted()
             seconds = {"time/warmup": time.monotonic() - began}
             self.log(step=0, update=self.config.warmup.steps, kind="warmup", **seconds)

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerContro
 
 from cppo.engines.trl import ALL_EQUAL
 from cppo.training.callbacks import NonFiniteGuard, split_clock
-from cppo.training.processes import from_all
+from cppo.training.processes import any_process
 from cppo.training.recorder import RunRecorder
 from cppo.training.warmup import logging_steps
 
@@ -31,7 +31,7 @@ class WarmupCallback(TrainerCallback):
         self.run.progress.advance(1)
         if state.global_step % self.logging:
             return  # between two rows of metrics, each the mean since the one before: no point from which to resume
-        if any(from_all(self.run.stop.requested)):
+        if any_process(self.run.stop.requested):
             control.should_save = control.should_training_stop = True
         elif state.global_step % self.every == 0 and state.global_step < state.max_steps:
             control.should_save = True
@@ -98,7 +98,7 @@ class StepCallback(TrainerCallback):
         final = step == config.steps
         if run.main:
             self.recorder.end_of_step(step, last=final)
-        if any(from_all(run.stop.requested)) and not final:
+        if any_process(run.stop.requested) and not final:
             control.should_save = control.should_training_stop = True
         elif final or step % config.save_every == 0 or due_for_evaluation(config, step):
             control.should_save = True
