@@ -1,0 +1,1 @@
+"""Contract tests of the engine adapters: one suite (`contract`) that every adapter runs through."""
