@@ -1,0 +1,30 @@
+"""Paths and fixtures of the verl tests."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+# This folder for the helpers of the tests, `support` for what runs inside verl, `tests` for core/reference.py.
+for folder in (HERE, HERE / "support", HERE.parent):
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny Qwen3 of random weights and its tokenizer."""
+    import trainer_runs
+
+    return trainer_runs.tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def sums(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data file of little sums."""
+    import trainer_runs
+
+    return trainer_runs.sums(tmp_path_factory.mktemp("data") / "sums.parquet")
