@@ -276,6 +276,9 @@ class Config(Section):
     """null: all weights are trained."""
     trl: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of GRPOConfig; those with a key of their own here, or that disable the rule, are refused."""
+    verl: dict[str, Any] = Field(default_factory=dict)
+    """Further settings of verl, by their dotted names, for `cppo launch verl` only; on its command line they stand
+    without `verl.` in front."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
