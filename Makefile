@@ -51,10 +51,20 @@ $(VENV)-vllm/.installed: pyproject.toml constraints-vllm.txt
 	$(VENV)-vllm/bin/python -m pip install --quiet --no-deps --editable .
 	@touch $@
 
+# SkyRL with its Tinker server, Tinker's SDK, and what the parts of SkyRL, OpenRLHF and AReaL that run here import
+ENGINES := 'skyrl[tinker,jax]' tinker ray jaxtyping loguru omegaconf skyrl-gym aiohttp torchdata cloudpickle \
+	colorlog einops 'hydra-core==1.4.0.dev1' numba pytest hypothesis
+
 setup-engines: $(VENV)-engines/.installed  ## .venv-engines: SkyRL with its Tinker server, Tinker's SDK, OpenRLHF, AReaL
 
 $(VENV)-engines/.installed: pyproject.toml constraints-engines.txt
 	$(PYTHON) -m venv $(VENV)-engines
+	$(VENV)-engines/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)-engines/bin/python -m pip install --quiet torch -c constraints-engines.txt
+	$(VENV)-engines/bin/python -m pip install --quiet $(ENGINES) -c constraints-engines.txt
+	@# of these two only the losses run here; what they require (vLLM, SGLang, DeepSpeed ...) needs GPUs
+	$(VENV)-engines/bin/python -m pip install --quiet --no-deps openrlhf areal -c constraints-engines.txt
+	$(VENV)-engines/bin/python -m pip install --quiet --no-deps --editable .
 	@touch $@
 
 .PHONY: test-verl-quick

@@ -416,4 +416,11 @@ def train(address: str, model: str, steps: int) -> list[dict[str, Any]]:
         ]
         out.append({"reward": rewards.mean().item(), "gap": max(gaps)})
         out[-1] |= {"first": results[0].metrics, "second": results[1].metrics}
+    # This server returns one log-probability a position, where it does not fail (more targets than its row is wide).
+    top = torch.full((8, 1), -1.0)
+    pairs = [
+        make_datum(prompt, s.tokens, s.logprobs, 1.0, None, -top, top) for s in answer.sequences if len(s.tokens) == 8
+    ]
+    with pytest.raises(UserError, match=r"takes targets \[L\] only"):
+        client.forward_backward_custom([d for d, _ in pairs], PolicyLoss(cppo.CPPO())([r for _, r in pairs]))
     return out

@@ -1,7 +1,12 @@
-"""Paths and fixtures of the verl tests."""
+"""Paths and fixtures of the verl tests; and, before any module imports verl: a CPU as its platform, our plug-in.
+
+This folder is no package: it would hide the real verl. Test modules begin with
+``pytest.importorskip("verl.trainer", reason=...)``, which also tells this folder from the installed package.
+"""
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -12,6 +17,9 @@ HERE = Path(__file__).parent
 for folder in (HERE, HERE / "support", HERE.parent):
     if str(folder) not in sys.path:
         sys.path.append(str(folder))
+os.environ.setdefault("VERL_PLATFORM", "cpu")
+os.environ.setdefault("VERL_ENGINE_DEVICE", "cuda")
+os.environ.setdefault("VERL_USE_EXTERNAL_MODULES", "cppo_cpu_plugin,cppo_verl_plugin")
 
 
 @pytest.fixture(scope="session")
