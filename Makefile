@@ -49,6 +49,7 @@ $(VENV)-vllm/.installed: pyproject.toml constraints-vllm.txt
 	$(VENV)-vllm/bin/python -m pip install --quiet --upgrade pip
 	$(VENV)-vllm/bin/python -m pip install --quiet --no-deps -r constraints-vllm.txt
 	$(VENV)-vllm/bin/python -m pip install --quiet --no-deps --editable .
+	$(VENV)-vllm/bin/python tests/verl/support/vllm_dist_info.py
 	@touch $@
 
 # SkyRL with its Tinker server, Tinker's SDK, and what the parts of SkyRL, OpenRLHF and AReaL that run here import
