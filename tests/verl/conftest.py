@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,3 +38,12 @@ def sums(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import trainer_runs
 
     return trainer_runs.sums(tmp_path_factory.mktemp("data") / "sums.parquet")
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Any]:
+    """A process that has imported verl, for runs to fork from."""
+    import trainer_runs
+
+    with trainer_runs.Forks() as ready:
+        yield ready

@@ -8,8 +8,7 @@ In a training script, between loading the configuration and making the trainer::
 
 * AReaL packs: 1-D tensors and ``cu_seqlens``; values at a position belong to the *next* token (AReaL rolls mask,
   log-probabilities and advantages alike). Ulysses and context parallelism are gathered before the loss.
-* The anchor is the inference engine's ``logprobs``. With ``recompute_logprob=true`` and no decoupled loss AReaL
-  overwrites them: refused.
+* The anchor is the inference engine's ``logprobs``; settings under which AReaL overwrites them are refused.
 * Workers get AReaL's engine classes by import path: `use` points the trainer to subclasses in this module, which put
   the loss in place, and sends the rule along as the environment variable ``CPPO_RULE``.
 

@@ -22,6 +22,9 @@ import sys
 
 def serve(path: str) -> None:
     """Import, listen at `path` (which appears when all is imported), fork. Ends when it is killed."""
+    # Ray's C++ part reads these two when it is imported, and never again. The first job of a cluster has this number;
+    # workers that watch this process instead of Ray's daemon are killed by whoever started the run.
+    os.environ |= {"RAY_JOB_ID": "01000000", "RAY_RAYLET_PID": str(os.getpid())}
     import datasets  # noqa: F401  what verl's processes import later on
     import peft  # noqa: F401
     import transformers
