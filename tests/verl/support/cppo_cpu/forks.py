@@ -27,9 +27,6 @@ def serve(path: str) -> None:
     os.environ |= {"RAY_JOB_ID": "01000000", "RAY_RAYLET_PID": str(os.getpid())}
     import datasets  # noqa: F401  what verl's processes import later on
     import peft  # noqa: F401
-    import transformers
-    import verl.trainer.main_ppo
-    import verl.trainer.ppo.v1
     from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3ForCausalLM  # noqa: F401
 
     gc.collect()
