@@ -46,9 +46,9 @@ def replay(prompts: list[str], trainer: Any) -> dict[str, Any]:
         group = groups[int(prompt)]
         response = group["responses"][turn[prompt]]
         turn[prompt] += 1
-        found["prompt_ids"].append(group["prompt"])
-        found["completion_ids"].append(response["ids"])
-        found["logprobs"].append([[x] for x in response["logp"]])
+        found["prompt_ids"].append(list(group["prompt"]))
+        found["completion_ids"].append(list(response["ids"]))
+        found["logprobs"].append(list(response["logp"]))
     return found
 
 
