@@ -15,6 +15,10 @@ import verl.workers.rollout.vllm_rollout.vllm_async_server as server_module
 
 from cppo.engines.verl.vllm_keys import IDS, LOGP, SETTING
 
+#: Whether this vLLM can keep log-probabilities in flat lists instead of a dictionary of objects a token (less than half
+#: of the memory until a response ends); it reads the same.
+FLAT = "flat_logprobs" in getattr(server_module.SamplingParams, "__struct_fields__", ())
+
 
 def top_k_rows(logprobs: list[Any], k: int) -> tuple[np.ndarray, np.ndarray]:
     """vLLM's log-probabilities of one response as arrays: ids int32 and log mu float32, both ``[tokens, K]``.
@@ -40,6 +44,8 @@ def install(k: int) -> None:
     def sampling_parameters(**settings: Any) -> Any:
         if settings.get("logprobs") == 0:  # verl's "the sampled token's, please"
             settings["logprobs"] = k
+            if FLAT:
+                settings.setdefault("flat_logprobs", True)
         return parameters(**settings)
 
     def extract_both(output: Any, num_prompt_logprobs: int | None, result_dict: dict[str, Any]) -> None:
