@@ -93,6 +93,7 @@ format: setup  ## apply formatting and safe lint fixes
 bench: setup  ## speed and memory as ratios; figures go to benchmarks/results/
 	$(BIN)/python -m benchmarks.core --json benchmarks/results/core.json
 	$(BIN)/python -m benchmarks.update --json benchmarks/results/update.json
+	$(BIN)/python -m benchmarks.scale --json benchmarks/results/scale.json --figure docs/images/scale.png
 
 clean:  ## remove the virtual environment and caches (runs/ stays)
 	rm -rf $(VENV) $(VENV)-verl $(VENV)-vllm $(VENV)-engines .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist src/*.egg-info
