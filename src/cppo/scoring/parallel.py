@@ -11,8 +11,8 @@
 * Without gradient: these numbers decide (divergences, masks), they are never differentiated. Left out: entropy (one
   more summand of the same all-reduce).
 
-Memory beyond inputs and outputs: one float32 tile of at most max(`CHUNK_ELEMENTS`, V_local) elements, and about 30 bytes
-for each id.
+Memory beyond inputs and outputs: one float32 tile of at most max(`CHUNK_ELEMENTS`, V_local) elements, and about 30
+bytes for each id.
 """
 
 from __future__ import annotations
