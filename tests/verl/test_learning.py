@@ -1,6 +1,6 @@
 """Learning, not only running: verl and CPPO on the built-in arithmetic, from the project's own warm-up.
 
-Twenty updates (ten rollouts of 32 problems x 16 responses, the same problems each time) raise the reward; and on the
+Twenty updates (ten rollouts of 32 problems x 8 responses, the same problems each time) raise the reward; and on the
 first rollouts the TRL engine decides as verl's does.
 """
 
@@ -24,7 +24,7 @@ from trainer_runs import SOURCE, SUPPORT, Forks, Result, Run, Update, environmen
 
 pytestmark = pytest.mark.e2e
 
-PROMPTS, RESPONSES, STEPS, UPDATES = 32, 16, 10, 2
+PROMPTS, RESPONSES, STEPS, UPDATES = 32, 8, 10, 2
 RULE = {"delta": 0.1, "delta_b": 0.01, "budget": "fixed", "w_min": 0.8, "divergence": "topk_tv"}
 #: Of the recipe `arithmetic`, smaller: chains of three steps; the teacher answers a fifth of the facts at random, which
 #: leaves the warmed-up model at 0.2 to 0.5.

@@ -7,6 +7,7 @@ What verl lacks on a CPU is in `support/cppo_cpu`: the platform, a rollout serve
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import re
@@ -181,6 +182,8 @@ def environment(modules: str | None) -> dict[str, str]:
         "VERL_USE_EXTERNAL_MODULES": ",".join(filter(None, ("cppo_cpu_plugin", modules))),
         "VERL_USE_EXTERNAL_PLUGINS": "auto" if modules is None else "none",
         "OMP_NUM_THREADS": "1",
+        "TQ_NUM_THREADS": "1",
+        "TQ_CLIENT_ZMQ_IO_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
         "HYDRA_FULL_ERROR": "1",
@@ -270,7 +273,12 @@ class Forks:
         command = [sys.executable, "-m", "cppo_cpu.forks", str(self.socket)]
         with log.open("w") as output:
             self.process = subprocess.Popen(
-                command, env=environment(self.modules), stdout=output, stderr=output, stdin=subprocess.DEVNULL
+                command,
+                env=environment(self.modules),
+                stdout=output,
+                stderr=output,
+                stdin=subprocess.DEVNULL,
+                preexec_fn=_die_with_parent,
             )
         until = time.monotonic() + self.timeout
         while not self.socket.exists():
@@ -297,13 +305,24 @@ def ray_folder() -> Iterator[str]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def _die_with_parent() -> None:
+    """In a new process: be killed when the tests are, whatever kills them (Linux). Ray's daemons follow the driver."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
 def run_group(command: list[str], env: dict[str, str], output: Any, timeout: float) -> int | None:
     """The exit code of `command`, None after a time-out. Every process that it started is gone afterwards.
 
     Ray's daemons leave the process group, so they are found by their environment: RAY_TMPDIR is this run's alone.
     """
     process = subprocess.Popen(
-        command, env=env, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
+        command,
+        env=env,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+        preexec_fn=_die_with_parent,
     )
     until = time.monotonic() + timeout
     try:

@@ -108,7 +108,7 @@ def main(model_folder: str, source: str, target: str, rule: str) -> None:
     saved = {}
     for i, row in enumerate(rows):
         coefficient, advantage = found[(*row["prompt"].tolist(), -1, *row["response"].tolist())]
-        saved |= {f"coefficient.{i}": coefficient.contiguous(), f"advantage.{i}": advantage.clone()}
+        saved |= {f"coefficient.{i}": coefficient.clone(), f"advantage.{i}": advantage.clone()}
     save_file(saved, target)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import array
 import ast
 import gc
+import importlib
 import os
 import runpy
 import select
@@ -25,10 +26,11 @@ def serve(path: str) -> None:
     # Ray's C++ part reads these two when it is imported, and never again. The first job of a cluster has this number;
     # workers that watch this process instead of Ray's daemon are killed by whoever started the run.
     os.environ |= {"RAY_JOB_ID": "01000000", "RAY_RAYLET_PID": str(os.getpid())}
-    import datasets  # noqa: F401  what verl's processes import later on
-    import peft  # noqa: F401
-    from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3ForCausalLM  # noqa: F401
-
+    # What verl's processes import sooner or later. By name: nothing here uses them.
+    for module in ("verl.trainer.main_ppo", "verl.trainer.ppo.v1", "datasets", "peft", "transformers"):
+        importlib.import_module(module)
+    for lazy in ("AutoModelForCausalLM", "AutoTokenizer", "Qwen3ForCausalLM"):
+        getattr(sys.modules["transformers"], lazy)
     gc.collect()
     gc.freeze()  # the forks' garbage collections leave shared pages alone
     listener = socket.socket(socket.AF_UNIX)
