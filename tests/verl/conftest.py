@@ -7,7 +7,9 @@ This folder is no package: it would hide the real verl. Test modules begin with
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,17 @@ for folder in (HERE, HERE / "support", HERE.parent):
 os.environ.setdefault("VERL_PLATFORM", "cpu")
 os.environ.setdefault("VERL_ENGINE_DEVICE", "cuda")
 os.environ.setdefault("VERL_USE_EXTERNAL_MODULES", "cppo_cpu_plugin,cppo_verl_plugin")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _terminated_cleanly() -> Iterator[None]:
+    """SIGTERM ends the session as Ctrl-C does: whoever started processes ends them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: pytest.exit("terminated", returncode=143))
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture(scope="session")

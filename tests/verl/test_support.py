@@ -6,6 +6,7 @@ import asyncio
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -129,31 +130,42 @@ def test_a_server_that_aborts_holds_new_requests(tiny_model: Path) -> None:
 
 # -- processes ---------------------------------------------------------------------------------------------------------
 
-#: Starts a process in a session of its own, as Ray's daemons are, and waits.
-DAEMON = "import subprocess,sys,time; subprocess.Popen(['sleep','300'],start_new_session=True); time.sleep(300)"
-
-
-def marked(value: str) -> list[str]:
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get("RAY_TMPDIR") == value and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process.name())
-        except psutil.Error:
-            continue
-    return found
+#: Starts two processes in sessions of their own, as Ray's daemons are, one without the environment; and waits.
+DAEMONS = """
+import os, subprocess, time
+subprocess.Popen(["sleep", "300"], start_new_session=True)
+log = open(os.environ["RAY_TMPDIR"] + "/agent.log", "w")
+subprocess.Popen(["sleep", "301"], start_new_session=True, env={"PATH": os.environ["PATH"]}, stdout=log)
+time.sleep(300)
+"""
 
 
 def test_a_run_that_takes_too_long_leaves_nothing(tmp_path: Path) -> None:
-    env = {**os.environ, "RAY_TMPDIR": str(tmp_path)}
-    with (tmp_path / "log.txt").open("w") as log:
-        assert trainer_runs.run_group([sys.executable, "-c", DAEMON], env, log, timeout=2) is None
-    assert not marked(str(tmp_path))
+    folder, most = tmp_path / "ray", 0
+    folder.mkdir()
+    ended = threading.Event()
+
+    def watch() -> None:
+        nonlocal most
+        while not ended.wait(0.2):
+            most = max(most, len(trainer_runs.users(str(folder))))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        with (tmp_path / "log.txt").open("w") as log:
+            env = {**os.environ, "RAY_TMPDIR": str(folder)}
+            assert trainer_runs.run_group([sys.executable, "-c", DAEMONS], env, log, timeout=6) is None
+    finally:
+        ended.set()
+        watcher.join()
+    assert most == 3
+    assert not trainer_runs.users(str(folder))
 
 
 def test_a_failed_rollout_ends_the_run(tmp_path: Path) -> None:
     """verl only logs it, and tries again for ever."""
-    env = {**os.environ, "RAY_TMPDIR": str(tmp_path)}
+    env = {**os.environ, "RAY_TMPDIR": str(tmp_path / "ray")}
     program = f"print({trainer_runs.FATAL!r}, flush=True); import time; time.sleep(300)"
     with (tmp_path / "log.txt").open("w") as log:
         assert trainer_runs.run_group([sys.executable, "-c", program], env, log, timeout=60) == -1

@@ -313,7 +313,7 @@ def _die_with_parent() -> None:
 def run_group(command: list[str], env: dict[str, str], output: Any, timeout: float) -> int | None:
     """The exit code of `command`, None after a time-out. Every process that it started is gone afterwards.
 
-    Ray's daemons leave the process group, so they are found by their environment: RAY_TMPDIR is this run's alone.
+    Ray's daemons leave the process group; they are found by RAY_TMPDIR, which is this run's alone.
     """
     process = subprocess.Popen(
         command,
@@ -336,23 +336,37 @@ def run_group(command: list[str], env: dict[str, str], output: Any, timeout: flo
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        kill_marked("RAY_TMPDIR", env["RAY_TMPDIR"])
+        kill_users(env["RAY_TMPDIR"])
 
 
-def kill_marked(variable: str, value: str, patience: float = 10.0) -> None:
-    """Kill every process of this user whose environment has `variable` = `value`, until none is left."""
+def users(folder: str) -> list[psutil.Process]:
+    """Processes whose RAY_TMPDIR is `folder`, or that have a file in it open.
+
+    Some of Ray's agents write their title over their environment; all of them write logs.
+    """
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.status() == psutil.STATUS_ZOMBIE:
+                continue
+            files = Path(f"/proc/{process.pid}/fd")
+            if process.environ().get("RAY_TMPDIR") == folder or any(
+                os.readlink(file).startswith(f"{folder}/") for file in files.iterdir()
+            ):
+                found.append(process)
+    return found
+
+
+def kill_users(folder: str, patience: float = 10.0) -> None:
+    """Kill the `users` of a run's folder until none is left."""
     until = time.monotonic() + patience
-    while time.monotonic() < until:
-        left = 0
-        for process in psutil.process_iter():
+    while left := users(folder):
+        if time.monotonic() > until:
+            raise RuntimeError(f"processes of a run in {folder} cannot be killed: {left}")
+        for process in left:
             with contextlib.suppress(psutil.Error):
-                if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(variable) == value:
-                    process.kill()
-                    left += 1
-        if not left:
-            return
+                process.kill()
         time.sleep(0.1)
-    raise RuntimeError(f"processes of a run with {variable}={value} cannot be killed")
 
 
 def excerpt(text: str, lines: int = 60) -> str:
