@@ -202,6 +202,8 @@ def dppo(
         result.margin = min(result.margin, abs(d - delta))
         back = towards(a, p, m)
         keep = d <= delta or back
+        if d > delta and a != 0.0:
+            result.margin = min(result.margin, abs(p - m))  # its direction decides
         result.capped.append(ratio_cap is not None and r > ratio_cap)
         result.coefficient.append((min(r, ratio_cap) if ratio_cap is not None else r) if keep else 0.0)
         result.reason.append(KEPT if d <= delta else TOWARDS if back else TOKEN_LIMIT)
@@ -305,6 +307,8 @@ def cppo(
             result.margin = min(result.margin, abs(exceed_token - exceed_prefix))
         r = ratio(p, m)
         result.margin = min(result.margin, abs(z - delta), abs(s - allowed) if prefix_budget else math.inf)
+        if not within and a != 0.0:
+            result.margin = min(result.margin, abs(p - m))  # its direction decides
         result.capped.append(ratio_cap is not None and r > ratio_cap)
         result.coefficient.append(value * (min(r, ratio_cap) if ratio_cap is not None else r))
         result.reason.append(reason)

@@ -20,8 +20,9 @@ from transformers import AutoModelForCausalLM
 import cppo
 from core import reference
 
-#: A response whose verdict hangs on less than this (in units of ratios and divergences) may fall either way in float32.
-TIE = 1e-5
+#: A response whose verdict hangs on less than this (in units of ratios and divergences) may fall either way: where the
+#: numbers are the same and the rule is computed in float32, and where the numbers come from two forwards in float32.
+TIE, FORWARD_TIE = 1e-6, 1e-4
 
 
 @dataclass
@@ -48,12 +49,11 @@ def distributions(folder: Path, weights: Mapping[str, Tensor], update: Update) -
     return found
 
 
-def judge(
+def recompute(
     update: Update, mu: list[Tensor], pi: list[Tensor], rule: str, parameters: Mapping[str, Any], top_k: int = 20
 ) -> list[Response]:
-    """The rule's verdict on every response, by the reference."""
+    """Every response and the rule's verdict on it, all from the float64 distributions."""
     kind = cppo.make_rule(rule, **parameters).divergence
-    given = {name: value for name, value in parameters.items() if name != "divergence"}
     responses = []
     columns = zip(
         mu,
@@ -71,9 +71,31 @@ def judge(
             pairs = zip(mu_row.exp().tolist(), pi_row.exp().tolist(), tokens.tolist(), strict=True)
             drift = [reference.divergence(kind, m, p, token, k=top_k) for m, p, token in pairs]
         inside, advantage = [bool(x) for x in mask], advantages.tolist()
-        expected = reference.rule(rule, policy, rollout, advantage, inside, divergence=drift, **given)
-        responses.append(Response(inside, advantage, policy, rollout, drift, expected))
+        responses.append(judge(rule, parameters, inside, advantage, policy, rollout, drift))
     return responses
+
+
+def judge(
+    rule: str,
+    parameters: Mapping[str, Any],
+    mask: list[bool],
+    advantage: list[float],
+    policy: list[float],
+    rollout: list[float],
+    drift: list[float] | None,
+) -> Response:
+    """A response with the verdict of the reference on these numbers."""
+    given = {name: value for name, value in parameters.items() if name != "divergence"}
+    expected = reference.rule(rule, policy, rollout, advantage, mask, divergence=drift, **given)
+    return Response(mask, advantage, policy, rollout, drift, expected)
+
+
+def binary(kind: str, response: Response, policy: list[float], rollout: list[float]) -> list[float]:
+    """The binary divergence of the loss tokens, from the log-probabilities alone."""
+    chances = [
+        (math.exp(m), math.exp(p)) if y else (1.0, 1.0) for m, p, y in zip(rollout, policy, response.mask, strict=True)
+    ]
+    return [reference.divergence(kind, [m, 1 - m], [p, 1 - p], 0) for m, p in chances]
 
 
 def assert_recomputed(
@@ -86,21 +108,31 @@ def assert_recomputed(
 ) -> list[Response]:
     """Log-probabilities, divergence, gradient, loss and metrics of `update` are those of the reference.
 
+    Log-probabilities and divergences are compared with recomputed ones. The verdict is then the reference's on the
+    numbers that verl had: where a comparison is close, a forward's rounding would decide it.
+
     The gradient of verl's token mean with respect to log pi(y_t) is -c_t A_t / N, N being all loss tokens of the
     mini-batch, whatever its micro-batches; it is zero at prompts, tool tokens and dropped tokens. Responses in which a
     comparison is a `TIE` are left out of the comparison of coefficients.
     """
-    responses = judge(update, mu, pi, rule, parameters)
+    kind = cppo.make_rule(rule, **parameters).divergence
     gradient, logp = update.responses("grad.log_probs"), update.responses("out.log_probs")
     drift = update.responses("out.cppo_divergence") if "out.cppo_divergence" in update.tensors else None
     old = update.rows("data.old_log_probs")
+    responses = []
     loss = ties = 0.0
-    for row, response in enumerate(responses):
-        inside = torch.tensor(response.mask)
-        close(logp[row][inside], torch.tensor(response.policy_logp)[inside], tolerance, "log pi")
-        close(old[row][inside], torch.tensor(response.rollout_logp)[inside], tolerance, "log mu")
+    for row, known in enumerate(recompute(update, mu, pi, rule, parameters)):
+        inside = torch.tensor(known.mask)
+        close(logp[row][inside], torch.tensor(known.policy_logp)[inside], tolerance, "log pi")
+        close(old[row][inside], torch.tensor(known.rollout_logp)[inside], tolerance, "log mu")
+        policy, rollout, given = logp[row].tolist(), old[row].tolist(), None
         if drift is not None:
-            close(drift[row][inside], torch.tensor(response.divergence)[inside], tolerance, "divergence")
+            given = drift[row].tolist()
+            close(drift[row][inside], torch.tensor(known.divergence)[inside], tolerance, "divergence")
+        elif kind is not None:
+            given = binary(kind, known, policy, rollout)
+        response = judge(rule, parameters, known.mask, known.advantage, policy, rollout, given)
+        responses.append(response)
         wanted = torch.tensor(
             [-c * a / update.tokens for c, a in zip(response.expected.coefficient, response.advantage, strict=True)]
         )

@@ -18,7 +18,7 @@ import pytest
 pytest.importorskip("verl.trainer", reason="verl is not installed: make test-verl")
 
 import torch
-from recompute import TIE, assert_recomputed, close, distributions
+from recompute import FORWARD_TIE, assert_recomputed, close, distributions
 from safetensors.torch import load_file, save_file
 from trainer_runs import SOURCE, SUPPORT, Forks, Result, Run, Update, environment, parquet, train
 
@@ -130,7 +130,7 @@ def test_trl_decides_alike(run: Result, checkpoint: Path, update: int, tmp_path:
     compared = dropped = 0
     for row, (response, gradient) in enumerate(zip(responses, judged.responses("grad.log_probs"), strict=True)):
         advantage = torch.tensor(response.advantage)
-        if response.expected.margin < TIE or not advantage.any():
+        if response.expected.margin < FORWARD_TIE or not advantage.any():
             continue
         trl = verdicts[f"coefficient.{offset + row}"]
         close(verdicts[f"advantage.{offset + row}"], advantage[0], 2e-3, "advantage (1e-6 and 1e-4 on the deviation)")
