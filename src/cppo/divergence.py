@@ -20,7 +20,8 @@ from torch import Tensor
 KL_FLOOR = 1e-12
 
 #: What a rule may ask for. `binary_*` is computed from the sampled token alone; the rest must come with the batch.
-DIVERGENCES = ("exact_tv", "exact_kl", "topk_tv", "topk_kl", "topk_tv_upper", "binary_tv", "binary_kl")
+#: `adaptive_tv` decides as `exact_tv` does: by `topk_interval` where that is enough, by the exact TV where it is not.
+DIVERGENCES = ("exact_tv", "exact_kl", "adaptive_tv", "topk_tv", "topk_kl", "topk_tv_upper", "binary_tv", "binary_kl")
 
 Variant = Literal["append", "replace_last"]
 
@@ -120,8 +121,7 @@ def topk_tv(
     -------
     ``[...]`` in [0, 1], a lower bound of the exact TV.
     """
-    p, m = _classes(policy_topk_logp, rollout_topk_logp, policy_logp, rollout_logp, inside, variant)
-    return (0.5 * ((p - m).abs().sum(-1) + (_rest(p) - _rest(m)).abs())).clamp(max=1.0)
+    return topk_interval(policy_topk_logp, rollout_topk_logp, policy_logp, rollout_logp, inside, variant)[0]
 
 
 def topk_tv_upper(
@@ -138,10 +138,24 @@ def topk_tv_upper(
     their difference; what is left is the smaller rest. With this in place of D_t the conditions of CPPO's Theorem 1
     hold for the exact TV. Arguments as in `topk_tv`.
     """
+    return topk_interval(policy_topk_logp, rollout_topk_logp, policy_logp, rollout_logp, inside, variant)[1]
+
+
+def topk_interval(
+    policy_topk_logp: Tensor,
+    rollout_topk_logp: Tensor,
+    policy_logp: Tensor,
+    rollout_logp: Tensor,
+    inside: Tensor,
+    variant: Variant = "append",
+) -> tuple[Tensor, Tensor]:
+    """(TV_K, TV_K + min(rest of pi, rest of mu)): the exact TV lies between them. In one computation what `topk_tv`
+    and `topk_tv_upper` give; arguments as there. `cppo.scoring.adaptive` decides by it.
+    """
     p, m = _classes(policy_topk_logp, rollout_topk_logp, policy_logp, rollout_logp, inside, variant)
     rest_p, rest_m = _rest(p), _rest(m)
     lower = 0.5 * ((p - m).abs().sum(-1) + (rest_p - rest_m).abs())
-    return (lower + torch.minimum(rest_p, rest_m)).clamp(max=1.0)
+    return lower.clamp(max=1.0), (lower + torch.minimum(rest_p, rest_m)).clamp(max=1.0)
 
 
 def topk_kl(

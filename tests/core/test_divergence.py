@@ -43,6 +43,10 @@ def measured(
     return getattr(cd, kind)(p.gather(-1, top), m.gather(-1, top), own_p, own_m, inside, variant=variant)
 
 
+def test_every_divergence_has_a_score_or_decides_by_others() -> None:
+    assert set(cd.DIVERGENCES) == {*KINDS, "adaptive_tv"}
+
+
 @pytest.mark.parametrize("variant", ["append", "replace_last"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("vocabulary, k", [(5, 2), (5, 5), (40, 20), (3, 1)])
@@ -150,6 +154,27 @@ def test_ends_of_the_top_k_scores(variant: Any) -> None:
                 if "tv" in f.__name__:
                     assert (value <= 1).all()
     assert cd.topk_tv(pi[:1], mu[:1], pi[:1, 0], mu[:1, 0], torch.tensor([True]), variant=variant).item() == 1
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**31), st.floats(0.1, 30))
+def test_the_interval_is_both_ends(seed: int, sharpness: float) -> None:
+    """`topk_interval` holds the exact TV, and its ends are the loops' values."""
+    mu, pi, sampled = rows(seed, 20, 12, 1.0)
+    mu, pi = ((x * sharpness) - np.log(np.exp(x * sharpness).sum(-1, keepdims=True)) for x in (mu, pi))
+    m, p, ids = torch.tensor(mu), torch.tensor(pi), torch.tensor(sampled)[:, None]
+    top = m.argsort(-1, descending=True)[:, :4]
+    inside = (top == ids).any(-1)
+    lower, upper = cd.topk_interval(
+        p.gather(-1, top), m.gather(-1, top), p.gather(-1, ids)[:, 0], m.gather(-1, ids)[:, 0], inside
+    )
+    exact = cd.exact_tv(p, m)
+    assert (lower <= exact + 1e-12).all() and (exact <= upper + 1e-12).all()
+    for kind, got in (("topk_tv", lower), ("topk_tv_upper", upper)):
+        want = [
+            reference.divergence(kind, np.exp(a), np.exp(b), int(y), 4) for a, b, y in zip(mu, pi, sampled, strict=True)
+        ]
+        torch.testing.assert_close(got, torch.tensor(want, dtype=torch.float64), rtol=1e-9, atol=1e-11)
 
 
 @settings(max_examples=30, deadline=None)

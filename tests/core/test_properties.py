@@ -279,7 +279,7 @@ def test_trm_max_is_cppos_token_test_on_sequences(seed: int, lengths: list[int],
             assert (inside == (Reason.SEQUENCE_LIMIT if bad.any() else Reason.KEPT)).all()
 
 
-@pytest.mark.parametrize("case", ["dppo", "trm_max", *(c for c in NEEDS_DIVERGENCE if c.startswith("cppo"))])
+@pytest.mark.parametrize("case", NEEDS_DIVERGENCE)
 @few
 @given(seed=seeds, lengths=shapes, scale=scales)
 def test_threshold_is_the_largest_divergence_kept(case: str, seed: int, lengths: list[int], scale: float) -> None:
@@ -294,7 +294,7 @@ def test_threshold_is_the_largest_divergence_kept(case: str, seed: int, lengths:
         gap = (verdict.divergence - threshold)[mask]
         assume(bool((gap.abs() > MARGIN).all()))
         within = gap <= 0
-        if case == "trm_max":
+        if case.startswith("trm"):
             for r, ok, kept in zip(
                 responses, batch.split(verdict.divergence <= threshold), batch.split(verdict.reason), strict=True
             ):
@@ -326,6 +326,23 @@ def test_monotone_in_delta_and_delta_b(seed: int, lengths: list[int], scale: flo
                 assert not (kept & ~wider).any()
     kept = cppo.DPPO(delta=0.08, divergence="binary_tv")(batch.tokens).coefficient > 0
     assert not (kept & ~(cppo.DPPO(delta=0.08 * factor, divergence="binary_tv")(batch.tokens).coefficient > 0)).any()
+
+
+def test_thresholds_of_trm() -> None:
+    """A response is kept iff all its tokens are within theirs: what the others leave of T delta, and the maximum."""
+    rows = [[0.01, 0.03, 0.02, 9.0], [0.01, 0.03, 0.05, 9.0], [0.0, 0.06, 0.0, 9.0]]  # the last column is masked out
+    mask = torch.tensor([[True, True, True, False]]).expand(3, 4)
+    logp = torch.zeros(3, 4)
+    batch = cppo.TokenBatch(logp, logp, torch.ones(3), mask, divergence=torch.tensor(rows))
+    for rule, kept, threshold in (
+        (cppo.TRMAvg(delta=0.025), [True, False, True], [0.025, 0.045, 0.035]),
+        (cppo.TRMMaxAvg(delta=0.04, delta_avg=0.025), [True, False, False], [0.025, 0.04, 0.035]),
+        (cppo.TRMMax(delta=0.055), [True, True, False], [0.055, 0.055, 0.055]),
+    ):
+        verdict: Any = rule(batch)
+        within = verdict.divergence <= verdict.threshold.expand_as(mask)
+        assert (within | ~mask).all(1).tolist() == (verdict.coefficient[:, 0] > 0).tolist() == kept
+        torch.testing.assert_close(verdict.threshold.expand_as(mask)[0, :3], torch.tensor(threshold))
 
 
 @few

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,45 +10,14 @@ import torch
 
 from cppo.scoring import VocabShard, local_part, merge, parallel, score_ids, top_ids
 
+from .processes import run_workers
 from .vocab_cases import CASES, Case, LargestTensor, assert_close, refused
-
-WORKER = Path(__file__).with_name("vocab_worker.py")
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_split_vocabulary_equals_the_whole(processes: int) -> None:
     """gloo processes hold columns of the logits; each compares with the dense result (vocab_worker.py)."""
-    port = free_port()
-    workers = []
-    for rank in range(processes):
-        environment = {
-            **os.environ,
-            "RANK": str(rank),
-            "WORLD_SIZE": str(processes),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join([str(WORKER.parents[1]), *sys.path]),
-        }
-        command = [sys.executable, "-m", f"{WORKER.parent.name}.vocab_worker"]
-        workers.append(
-            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        )
-    try:
-        outputs = [worker.communicate(timeout=120)[0] for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    for rank, (worker, output) in enumerate(zip(workers, outputs, strict=True)):
-        assert worker.returncode == 0, f"rank {rank}:\n{output}"
-    digests = {next(line for line in output.splitlines() if line.startswith("all equal")) for output in outputs}
-    assert len(digests) == 1, f"ranks differ in the last bits: {digests}"
+    run_workers("vocab_worker", processes)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -117,10 +117,11 @@ def sampled_token_rule(
         except (ValueError, TypeError) as error:
             raise UserError(f"{engine}: {error}") from error
     if made.divergence is not None and made.divergence not in BINARY:
+        able = "top-K divergences (TRL, verl, Tinker)" if made.divergence.startswith("topk_") else "that one (TRL)"
         raise UserError(
             f"{engine}: {made.name} asks for divergence={made.divergence!r}, but {engine} hands over the sampled "
             f"token's log-probabilities only. Set divergence={_binary_of(made.divergence)!r}, or use an engine with "
-            "top-K divergences (TRL, verl, Tinker)."
+            f"{able}."
         )
     return made
 

@@ -46,8 +46,10 @@ class Verdict:
     coefficient : c_t >= 0, shape of the tokens, float32 (float64 for float64 input); exactly 0 where a hard rule drops.
     reason : codes of `Reason`, shape of the tokens, uint8.
     divergence : D_t that the rule used, shape of the tokens; None for rules of the ratio alone.
-    threshold : the largest D_t that would be kept whatever the sign of the advantage, same units as `divergence`,
-        broadcastable against tokens; below zero where the prefix has overdrawn its budget. None for rules of the ratio.
+    threshold : the largest D_t that is within the token's limits, all other D being what they are (so it would be kept
+        whatever the sign of the advantage; TRM keeps a response whose tokens all are); same units as `divergence`,
+        broadcastable against tokens; below zero where the others have overdrawn the budget. None for rules of the
+        ratio.
     delta_b : prefix budget a token in use, one a sequence (``[B]`` or ``[S]``); None without prefix budget.
     budget_used : S_T / (delta + delta_b W_{T-1}), one a sequence: above 1 the response overdrew its budget.
     capped : where `ratio_cap` cut the ratio; None without cap.
@@ -88,6 +90,34 @@ class TrustRegion(ABC):
     def judge(self, batch: TokenBatch) -> Verdict:
         """The rule itself; called without gradient."""
 
+    @torch.no_grad()
+    def bracket(self, batch: TokenBatch, lower: Tensor, upper: Tensor) -> tuple[Verdict, Verdict]:
+        """Two verdicts between which every verdict lies whose D_t are in [lower_t, upper_t]: (permissive, strict).
+
+        For every D with lower <= D <= upper at all loss tokens: strict c_t <= c_t(D) <= permissive c_t. So a token
+        whose coefficient is the same at both ends is decided, whatever its D_t and those of the others are.
+
+        Here: the verdicts on `lower` and on `upper`. That is right for rules whose c_t never increases with any D_s,
+        and trivially for rules without a divergence. A rule for which a larger D_s can help another token (CPPO, whose
+        adaptive budget grows with D) must give its own. A custom rule that is neither gets wrong decisions from
+        `cppo.scoring.adaptive_for_rule`.
+
+        Parameters
+        ----------
+        lower, upper : shape of the tokens, lower <= upper; outside the mask anything. The batch's own divergence is
+            not looked at.
+        """
+        return self.judge(batch.with_divergence(lower)), self.judge(batch.with_divergence(upper))
+
+    def pivotal(self, batch: TokenBatch, lower: Tensor, upper: Tensor) -> Tensor | None:
+        """Loss tokens (bool, shape of the tokens) whose D_t, within [lower_t, upper_t], moves a limit of the whole
+        response by its rank and not as a summand (CPPO's quantile); None: the rule has no such limit.
+
+        Only `cppo.scoring.adaptive_for_rule` asks, to choose what to resolve: a wrong answer costs time, never
+        correctness.
+        """
+        return None
+
     def parameters(self) -> dict[str, Any]:
         """The rule's parameters by name, as given."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
@@ -101,10 +131,11 @@ class TrustRegion(ABC):
         if self.divergence in ("binary_tv", "binary_kl"):
             score = binary_tv if self.divergence == "binary_tv" else binary_kl
             return score(batch.clean(batch.policy_logp), batch.clean(batch.rollout_logp))
+        where = "cppo.scoring.adaptive_for_rule" if self.divergence == "adaptive_tv" else "cppo.divergence"
         raise ValueError(
             f"{self.name} needs divergence={self.divergence!r}, but the batch carries none. Give "
             f"TokenBatch(divergence=...) "
-            "(see cppo.divergence), or ask for the sampled token's own with divergence='binary_tv' or 'binary_kl'."
+            f"(see {where}), or ask for the sampled token's own with divergence='binary_tv' or 'binary_kl'."
         )
 
     def capped_ratio(self, log_ratio: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:

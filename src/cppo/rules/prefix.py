@@ -141,12 +141,44 @@ class CPPO(TrustRegion):
         return spread.clamp(self.delta_b, self.budget_max * self.delta_b)
 
     def judge(self, batch: TokenBatch) -> Verdict:
-        layout, mask = batch.layout, batch.loss_mask
         divergence = self.token_divergence(batch)
+        return self._judge(batch, divergence, budget_from=divergence)
+
+    @torch.no_grad()
+    def bracket(self, batch: TokenBatch, lower: Tensor, upper: Tensor) -> tuple[Verdict, Verdict]:
+        """(permissive, strict); see `TrustRegion.bracket`.
+
+        c_t falls with every Z and S but rises with the adaptive budget, which grows with D. So each end takes Z and S
+        from one end of the intervals and delta_b from the other. With D the truth: S(lower) <= S(D) <= S(upper) and,
+        a quantile and its clamp never decreasing in any D_s, delta_b(lower) <= delta_b(D) <= delta_b(upper).
+        """
+        low, high = (self.token_divergence(batch.with_divergence(end)) for end in (lower, upper))
+        return self._judge(batch, low, budget_from=high), self._judge(batch, high, budget_from=low)
+
+    @torch.no_grad()
+    def pivotal(self, batch: TokenBatch, lower: Tensor, upper: Tensor) -> Tensor | None:
+        """Tokens whose D_t may be one of the two that the quantile of the adaptive budget interpolates between; None
+        for a fixed budget. See `TrustRegion.pivotal`.
+        """
+        if self.budget == "fixed" or not self.prefix_budget:
+            return None
+        layout, mask = batch.layout, batch.loss_mask
+        low, high = batch.clean(lower), batch.clean(upper)
+        least, most = (layout.quantile(end, mask, self.quantile) for end in (low, high))
+        budgets = (self.sequence_budget(batch, end) for end in (low, high))
+        uncertain = torch.ne(*budgets)  # else the clamp has made them equal
+        # The lower of the two is at least the largest end below the quantile of the lower ends; likewise above.
+        first = layout.maximum(torch.where(mask & (low <= least), low, 0))
+        last = -layout.maximum(torch.where(mask & (high >= most), -high, -math.inf))
+        return mask & uncertain & (high >= first) & (low <= last)
+
+    def _judge(self, batch: TokenBatch, divergence: Tensor, budget_from: Tensor) -> Verdict:
+        """The rule on D_t = `divergence`, with the adaptive budget of another D_t; both clean outside the mask."""
+        layout, mask = batch.layout, batch.loss_mask
         log_ratio = batch.log_ratio()
         away = moves_away(batch.token_advantages(), log_ratio)
         coefficient, capped = self.capped_ratio(log_ratio, mask)
-        delta_b = self.sequence_budget(batch, divergence) if self.prefix_budget else None
+        delta_b = self.sequence_budget(batch, budget_from) if self.prefix_budget else None
         # The largest batches are bound by memory: from here on, arithmetic runs in place where a tensor is not needed
         # again.
         weight, weight_before, weight_all = self.position_weights(batch)

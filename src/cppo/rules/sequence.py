@@ -16,13 +16,14 @@ def _max(batch: TokenBatch, divergence: Tensor) -> Tensor:
     return batch.layout.maximum(divergence)
 
 
-def _mean(batch: TokenBatch, divergence: Tensor) -> Tensor:
-    """mean_t D_t over loss tokens, broadcastable."""
-    count = batch.layout.total(batch.loss_mask.to(divergence.dtype))
-    return batch.layout.total(divergence) / count.clamp(min=1)
+def _mean(batch: TokenBatch, divergence: Tensor, delta: float) -> tuple[Tensor, Tensor]:
+    """mean_t D_t over loss tokens, broadcastable; and what the other tokens leave of T delta, shape of the tokens."""
+    count = batch.layout.total(batch.loss_mask.to(divergence.dtype)).clamp(min=1)
+    total = batch.layout.total(divergence)
+    return total / count, divergence + (count * delta - total)
 
 
-def _judge(rule: TrustRegion, batch: TokenBatch, divergence: Tensor, keep: Tensor, threshold: Tensor | None) -> Verdict:
+def _judge(rule: TrustRegion, batch: TokenBatch, divergence: Tensor, keep: Tensor, threshold: Tensor) -> Verdict:
     mask = batch.loss_mask
     ratio, capped = rule.capped_ratio(batch.log_ratio(), mask)
     reason = torch.where(keep, int(Reason.KEPT), int(Reason.SEQUENCE_LIMIT)).expand_as(mask)
@@ -73,7 +74,8 @@ class TRMAvg(TrustRegion):
 
     def judge(self, batch: TokenBatch) -> Verdict:
         divergence = self.token_divergence(batch)
-        return _judge(self, batch, divergence, _mean(batch, divergence) <= self.delta, None)
+        mean, left = _mean(batch, divergence, self.delta)
+        return _judge(self, batch, divergence, mean <= self.delta, left)
 
 
 @register
@@ -94,5 +96,6 @@ class TRMMaxAvg(TrustRegion):
 
     def judge(self, batch: TokenBatch) -> Verdict:
         divergence = self.token_divergence(batch)
-        keep = (_max(batch, divergence) <= self.delta) & (_mean(batch, divergence) <= self.delta_avg)
-        return _judge(self, batch, divergence, keep, divergence.new_full((1,) * divergence.dim(), self.delta))
+        mean, left = _mean(batch, divergence, self.delta_avg)
+        keep = (_max(batch, divergence) <= self.delta) & (mean <= self.delta_avg)
+        return _judge(self, batch, divergence, keep, left.clamp(max=self.delta))

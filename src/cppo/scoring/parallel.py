@@ -7,9 +7,9 @@
   SUM (of the rescaled sums and the shifted logits, packed in one tensor). Nobody ever holds the whole vocabulary.
 * Shifting by M before dividing keeps the error relative to the result: logits of 1e4 cost no digit of log pi.
 * Both halves are public, so that a scorer that never materialises logits (hidden states times tiles of the lm_head) can
-  bring a `LocalPart` of its own and share the merge.
-* Without gradient: these numbers decide (divergences, masks), they are never differentiated. Left out: entropy (one
-  more summand of the same all-reduce).
+  bring a `LocalPart` of its own and share the merge; it may bring a sum for the entropy, which travels in the same
+  all-reduce (`cppo.scoring.score_tokens` does both).
+* Without gradient: these numbers decide (divergences, masks), they are never differentiated.
 
 Memory beyond inputs and outputs: one float32 tile of at most max(`CHUNK_ELEMENTS`, V_local) elements, and about 30
 bytes for each id.
@@ -153,11 +153,13 @@ class VocabShard:
 class Scores(NamedTuple):
     """What `score_ids` returns; float32 (float64 for float64 logits), the same on every rank to the last bit.
 
-    logp : log pi at the ids, ``[..., K]``. logsumexp : log sum_v exp(z_v / T), ``[...]``.
+    logp : log pi at the ids, ``[..., K]``. logsumexp : log sum_v exp(z_v / T), ``[...]``. entropy : -sum_v pi log pi,
+    nats, ``[...]``; None where the parts have no sum for it.
     """
 
     logp: Tensor
     logsumexp: Tensor
+    entropy: Tensor | None = None
 
 
 class LocalPart(NamedTuple):
@@ -165,13 +167,17 @@ class LocalPart(NamedTuple):
 
     maximum : largest logit, ``[N]``; -inf where there is none. total : sum of exp((z - maximum)/T), ``[N]``; 0 where
     the maximum is -inf. logits : at the ids that lie here, ``[N, K]``, anything elsewhere. held : which ids lie here,
-    bool ``[N, K]``.
+    bool ``[N, K]``. weighted : sum of exp((z - maximum)/T) (z - maximum)/T, ``[N]``, for the entropy. top_logits,
+    top_ids : the largest logits here and their global ids ``[N, k]``, largest first; -inf where there are fewer.
     """
 
     maximum: Tensor
     total: Tensor
     logits: Tensor
     held: Tensor
+    weighted: Tensor | None = None
+    top_logits: Tensor | None = None
+    top_ids: Tensor | None = None
 
 
 def _arithmetic(dtype: torch.dtype) -> torch.dtype:
@@ -195,7 +201,12 @@ def local_part(logits: Tensor, ids: Tensor, shard: VocabShard, temperature: floa
             local_part(logits[i], ids[i], shard, temperature[i] if isinstance(temperature, Tensor) else temperature)
             for i in range(logits.shape[0])
         ]
-        return LocalPart(*(torch.cat(pieces) for pieces in zip(*parts, strict=True)))
+        return LocalPart(
+            torch.cat([part.maximum for part in parts]),
+            torch.cat([part.total for part in parts]),
+            torch.cat([part.logits for part in parts]),
+            torch.cat([part.held for part in parts]),
+        )
     if isinstance(temperature, Tensor):
         temperature = temperature.reshape(-1)
     dtype, valid = _arithmetic(logits.dtype), shard.valid
@@ -248,12 +259,38 @@ def merge(part: LocalPart, shard: VocabShard | None = None, temperature: float |
     t = temperature[:, None] if isinstance(temperature, Tensor) else temperature
     # Where an id is not held the summand is 0, so the sum over ranks is the one holder's value, unrounded.
     shifted = torch.where(part.held, (part.logits - highest[:, None]) / t, 0.0)
-    rescaled = part.total * ((part.maximum - highest) / temperature).exp()
-    packed = torch.cat([rescaled[:, None], shifted], 1)
+    # A part without any token (or fully masked) counts 0, whatever its maximum of -inf does in the difference.
+    fall = torch.where(part.total > 0, (part.maximum - highest) / temperature, 0.0)
+    summands = [(part.total * fall.exp())[:, None], shifted]
+    if part.weighted is not None:
+        summands.insert(1, (fall.exp() * (part.weighted + fall * part.total))[:, None])
+    packed = torch.cat(summands, 1)
     if exchange:
         torch.distributed.all_reduce(packed, torch.distributed.ReduceOp.SUM, group=group)
     log_total = packed[:, :1].log()
-    return Scores(packed[:, 1:] - log_total, highest / temperature + log_total[:, 0])
+    entropy = None if part.weighted is None else log_total[:, 0] - packed[:, 1] / packed[:, 0]
+    first = len(summands) - 1
+    return Scores(packed[:, first:] - log_total, highest / temperature + log_total[:, 0], entropy)
+
+
+@torch.no_grad()
+def merge_top(values: Tensor, ids: Tensor, shard: VocabShard | None = None) -> tuple[Tensor, Tensor]:
+    """The k largest of all ranks from each rank's own k largest: two all-gathers of ``[N, k]``, or none on one rank.
+
+    Parameters
+    ----------
+    values : ``[..., k]``, places that a small part cannot fill at -inf. ids : global, int64 ``[..., k]``.
+    """
+    size = 1 if shard is None else _rank_and_size(shard.group)[1]
+    if shard is None or size == 1 or not values.numel():
+        return values, ids
+    gathered = []
+    for mine in (values.contiguous(), ids.contiguous()):
+        pieces = [torch.empty_like(mine) for _ in range(size)]
+        torch.distributed.all_gather(pieces, mine, group=shard.group)
+        gathered.append(torch.cat(pieces, -1))
+    best = gathered[0].topk(values.shape[-1], dim=-1)
+    return best.values, gathered[1].gather(-1, best.indices)
 
 
 def _columns(logits: Tensor, shard: VocabShard | None, vocab_size: int | None) -> VocabShard:
@@ -351,9 +388,9 @@ def score_ids(
         temperature = temperature.to(_arithmetic(logits.dtype))
     part = local_part(logits, ids, here, temperature)
     flat = temperature.reshape(-1) if isinstance(temperature, Tensor) else temperature
-    logp, logsumexp = merge(part, shard, flat)
-    logp = torch.where(inside, logp.reshape(ids.shape), math.nan)
-    return Scores(logp, logsumexp.reshape(logits.shape[:-1]))
+    merged = merge(part, shard, flat)
+    logp = torch.where(inside, merged.logp.reshape(ids.shape), math.nan)
+    return Scores(logp, merged.logsumexp.reshape(logits.shape[:-1]))
 
 
 @torch.no_grad()
@@ -379,13 +416,4 @@ def top_ids(logits: Tensor, k: int, *, shard: VocabShard | None = None, vocab_si
         best = logits[..., : here.valid].topk(few, dim=-1)
         values[..., :few] = best.values.to(dtype).clamp(min=torch.finfo(dtype).min)
         ids[..., :few] = best.indices + here.start
-    size = 1 if shard is None else _rank_and_size(shard.group)[1]
-    if size > 1 and values.numel():
-        gathered = []
-        for mine in (values, ids):
-            parts = [torch.empty_like(mine) for _ in range(size)]
-            torch.distributed.all_gather(parts, mine, group=here.group)
-            gathered.append(torch.cat(parts, -1))
-        order = gathered[0].topk(k, dim=-1).indices
-        ids = gathered[1].gather(-1, order)
-    return ids
+    return merge_top(values, ids, shard)[1]

@@ -6,6 +6,7 @@ import importlib.util
 import logging
 from typing import Any
 
+from cppo.engines.support import BINARY
 from cppo.engines.verl.config import LOSSES, TARGET, needs_top_k, rule_of
 from cppo.errors import UserError
 from cppo.rules import TrustRegion
@@ -55,10 +56,11 @@ def check_config(config: Any, mode: str | None = None) -> TrustRegion:
         )
     if needs_top_k(rule):
         problems += _top_k(config, mode, name)
-    elif rule.divergence is not None and rule.divergence.startswith("exact_"):
+    elif rule.divergence not in (None, *BINARY):
         problems.append(
-            f"the rule asks for divergence={rule.divergence!r}, two full distributions a token, which no sampler hands "
-            f"over. Set +{actor}.policy_loss.rule.divergence=topk_tv (or topk_kl, binary_tv, binary_kl)."
+            f"the rule asks for divergence={rule.divergence!r}, for which two full distributions of a token must be "
+            "at hand, and no sampler hands over its own. "
+            f"Set +{actor}.policy_loss.rule.divergence=topk_tv (or topk_tv_upper, topk_kl, binary_tv, binary_kl)."
         )
     if problems:
         raise UserError(
