@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import cppo
-from cppo.engines import trl_head, trl_topk
+from cppo.engines import trl_head
 from cppo.engines.trl import TrustRegionTrainer
 
 from .trl_setup import (
@@ -35,6 +35,8 @@ from .trl_setup import (
 
 CASES = [(rule, None) for rule in RULES]
 CASES += [(rule, kind) for rule in NEED_DIVERGENCE for kind in ("binary_tv", "topk_tv", "binary_kl", "topk_kl")]
+CASES += [("cppo", "exact_tv"), ("cppo", "exact_kl"), ("cppo", "adaptive_tv"), ("dppo", "adaptive_tv")]
+CASES += [("dppo", "exact_tv"), ("trm_avg", "exact_kl"), ("trm_max_avg", "adaptive_tv")]
 
 
 @pytest.mark.parametrize(("rule", "kind"), CASES)
@@ -52,19 +54,20 @@ def test_variants() -> None:
     assert 0.02 < assert_contract("cppo", "topk_tv", changes={"budget": "fixed"}) < 0.98
 
 
-def test_temperature_enters_both_policies() -> None:
-    assert 0.02 < assert_contract("cppo", "topk_tv", temperature=0.7) < 0.98
+@pytest.mark.parametrize("kind", ["topk_tv", "exact_tv"])
+def test_temperature_enters_both_policies(kind: str) -> None:
+    assert 0.02 < assert_contract("cppo", kind, temperature=0.7) < 0.98
 
 
-def test_untied_head() -> None:
-    assert 0.02 < assert_contract("cppo", "topk_tv", model=model(tied=False)) < 0.98
+@pytest.mark.parametrize("kind", ["topk_tv", "exact_tv"])
+def test_untied_head(kind: str) -> None:
+    assert 0.02 < assert_contract("cppo", kind, model=model(tied=False)) < 0.98
 
 
 def test_gathered_rows_and_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Large vocabularies: gathered rows of the head instead of a whole product, and many chunks."""
     monkeypatch.setattr(trl_head, "FULL_PRODUCT", 0)
     monkeypatch.setattr(trl_head, "CHUNK_ELEMENTS", 1000)
-    monkeypatch.setattr(trl_topk, "CHUNK_ELEMENTS", 1000)
     assert 0.02 < assert_contract("cppo", "topk_tv") < 0.98
 
 
@@ -80,7 +83,7 @@ def test_top_k_beyond_the_vocabulary_is_the_exact_divergence() -> None:
     torch.testing.assert_close(seen[0][mask], exact[mask], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["binary_tv", "topk_tv", "topk_kl"])
+@pytest.mark.parametrize("kind", ["binary_tv", "topk_tv", "topk_kl", "exact_tv", "exact_kl", "adaptive_tv"])
 def test_on_policy_divergence_is_zero(kind: str) -> None:
     run = trainer(cppo.DPPO(divergence=kind))
     inputs, _ = rollout_and_drift(run, scale=0.0)
@@ -89,15 +92,18 @@ def test_on_policy_divergence_is_zero(kind: str) -> None:
     assert run._metrics["train"]["trust/first_update_divergence"][-1] < 1e-6
 
 
-def test_on_policy_divergence_in_bf16() -> None:
+@pytest.mark.parametrize("kind", ["topk_tv", "exact_tv"])
+def test_on_policy_divergence_in_bf16(kind: str) -> None:
     """Under bf16 autocast the head rounds its logits; they are scored in the same precision: D is small, not 0."""
     noise = {}
     for fp32 in (False, True):
-        run = trainer(cppo.DPPO(), bf16=True, cast_lm_head_to_fp32=fp32)
+        run = trainer(cppo.DPPO(divergence=kind), bf16=True, cast_lm_head_to_fp32=fp32)
         inputs, _ = rollout_and_drift(run, scale=0.0)
         with run.compute_loss_context_manager():
             run._compute_loss(run.model, inputs)
         noise[fp32] = run._metrics["train"]["trust/divergence_mean"][-1]
+        if kind == "exact_tv":
+            assert inputs["trust_hidden"].dtype == torch.bfloat16 if not fp32 else torch.float32
     assert noise[False] < 2e-3 and noise[True] < 2e-3
 
 
@@ -354,9 +360,10 @@ def test_a_moved_hook_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         trainer(cppo.CPPO())
 
 
-def test_a_head_that_does_more_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """If TRL's log-probabilities are not softmax(h W), the first rollout says so."""
-    run = trainer(cppo.DPPO())
-    monkeypatch.setattr(trl_head.Head, "all_logits", lambda self, h: 2 * (h.float() @ self.weight.float().T))
+@pytest.mark.parametrize("kind", ["topk_tv", "exact_kl", "adaptive_tv"])
+def test_a_head_that_does_more_is_noticed(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If TRL's log-probabilities are not those of the head as it is scored here, the first rollout says so."""
+    run = trainer(cppo.DPPO(divergence=kind))
+    monkeypatch.setattr(trl_head, "logit_changes", lambda model: (None, 2.0))
     with pytest.raises(RuntimeError, match="differ from TRL's"):
         rollout_and_drift(run)

@@ -35,6 +35,7 @@ from .trl_setup import (
 )
 
 RULE_KINDS = [(rule, None) for rule in RULES] + [(rule, "topk_tv") for rule in NEED_DIVERGENCE]
+RULE_KINDS += [("cppo", "exact_tv"), ("cppo", "adaptive_tv"), ("trm_avg", "exact_kl")]
 
 
 @pytest.mark.parametrize(("rule", "kind"), RULE_KINDS)
@@ -64,9 +65,15 @@ def test_train_with_every_rule(rule: str, kind: str | None) -> None:
     assert "trust/first_update_divergence" not in logs[1]
     assert all(torch.isfinite(p).all() for p in run.model.parameters())
     assert any(not torch.equal(a, b) for a, b in zip(before, run.model.parameters(), strict=True))
+    assert all(("trust/resolved_fraction" in entry) == (kind == "adaptive_tv") for entry in logs)
+    stored = [entry.get("trust/divergence_bytes_per_token") for entry in logs]  # once a rollout batch
+    assert (
+        stored
+        == [{None: None, "topk_tv": 32, "exact_tv": 132, "exact_kl": 132, "adaptive_tv": 164}[kind], *[None] * 3] * 2
+    )
 
 
-@pytest.mark.parametrize("kind", ["binary_tv", "topk_tv"])
+@pytest.mark.parametrize("kind", ["binary_tv", "topk_tv", "exact_tv"])
 def test_lora(kind: str) -> None:
     """Adapters only are trained; loss and gradients equal the reference, mu being the adapted model of the rollout."""
     lora = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
@@ -159,9 +166,10 @@ def test_rollouts_of_another_engine() -> None:
     assert run.state.log_history[0]["trust/unscored_fraction"] == pytest.approx(1 / 24)
     with pytest.raises(ValueError, match="returned no log-probabilities"):
         trainer(make("dppo", "binary_tv"), rollout_func=_rollout_func(None)).train()
-    with pytest.raises(ValueError, match="topk_anchor='recomputed'"):
-        trainer(make("dppo", "topk_tv"), rollout_func=_rollout_func(-3.0)).train()
-    trainer(make("dppo", "topk_tv"), rollout_func=_rollout_func(-3.0), topk_anchor="recomputed", max_steps=2).train()
+    for kind in ("topk_tv", "exact_tv"):
+        with pytest.raises(ValueError, match="topk_anchor='recomputed'"):
+            trainer(make("dppo", kind), rollout_func=_rollout_func(-3.0)).train()
+        trainer(make("dppo", kind), rollout_func=_rollout_func(-3.0), topk_anchor="recomputed", max_steps=2).train()
 
 
 def test_resume_in_the_middle_of_a_batch_is_said(tmp_path: Path) -> None:
@@ -183,7 +191,7 @@ def _free_port() -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["binary_tv", "topk_tv"])
+@pytest.mark.parametrize("kind", ["binary_tv", "topk_tv", "adaptive_tv"])
 def test_two_processes(kind: str, tmp_path: Path) -> None:
     """gloo: the same metrics and parameters on both ranks; gradients equal one process on the joint minibatch."""
     root = Path(__file__).parents[2]

@@ -11,7 +11,7 @@ from trl import GRPOConfig
 
 import cppo
 from cppo.engines.trl import TrustRegionTrainer, trust_region_config
-from cppo.engines.trl_settings import problems, updates_per_rollout
+from cppo.engines.trl_settings import TopK, problems, updates_per_rollout
 
 from .trl_setup import OUTPUT, config, dataset, length_reward, model, tokenizer, trainer
 
@@ -72,21 +72,41 @@ def test_all_problems_come_in_one_error() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rule", "settings", "sentence"),
+    ("divergence", "sentence"),
     [
-        (cppo.CPPO(divergence="exact_tv"), {}, "topk_tv"),
-        (cppo.CPPO(), {"use_vllm": True}, "binary_tv.*recomputed"),
+        ("topk_tv", "top-K is not known.*binary_tv.*recomputed"),
+        ("exact_tv", "other probabilities are not known.*binary_tv.*recomputed"),
+        ("adaptive_tv", "other probabilities are not known.*binary_tv.*recomputed"),
     ],
 )
-def test_divergences_that_cannot_be_had(rule: cppo.TrustRegion, settings: dict[str, Any], sentence: str) -> None:
+def test_vllm_tells_the_sampled_tokens_alone(divergence: str, sentence: str) -> None:
+    rule = cppo.CPPO(divergence=divergence)
     with pytest.raises(ValueError, match=re.compile(sentence, re.DOTALL)):
-        TrustRegionTrainer(None, length_reward, config(**settings), rule=rule)
+        TrustRegionTrainer(None, length_reward, config(use_vllm=True), rule=rule)
+    assert problems(config(use_vllm=True), rule, TopK(anchor="recomputed")) == []
 
 
-@pytest.mark.parametrize("wrong", [{"top_k": 0}, {"topk_anchor": "old"}, {"topk_variant": "last"}])
+@pytest.mark.parametrize(
+    "wrong", [{"top_k": 0}, {"topk_anchor": "old"}, {"topk_variant": "last"}, {"topk_store": "float16"}]
+)
 def test_bad_parameters_of_the_trainer(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         TrustRegionTrainer(None, length_reward, config(), **wrong)
+    if "topk_anchor" not in wrong:  # they say nothing to a divergence that has no top K
+        rule = cppo.CPPO(divergence="exact_tv")
+        values = {name.removeprefix("topk_").replace("top_k", "k"): value for name, value in wrong.items()}
+        assert problems(config(), rule, TopK(**values)) == []
+
+
+def test_stores_that_do_not_fit() -> None:
+    """A KL is not robust against rounding; a ragged store counts in bytes."""
+    for store in ("compact", "ragged"):
+        (found,) = problems(config(), cppo.TRMAvg(divergence="topk_kl"), TopK(store=store))
+        assert "topk_store='float32'" in found and "'topk_kl'" in found
+        assert problems(config(), cppo.CPPO(divergence="adaptive_tv"), TopK(store=store)) == []
+    (found,) = problems(config(), cppo.CPPO(), TopK(k=256, store="ragged"))
+    assert "255" in found
+    assert problems(config(), cppo.CPPO(), TopK(k=256, store="compact")) == []
 
 
 def test_plain_trl_defaults_are_refused() -> None:
@@ -115,18 +135,14 @@ def test_plain_trl_defaults_are_refused() -> None:
     ],
 )
 def test_accepted(settings: dict[str, Any]) -> None:
-    assert problems(config(**settings), BINARY, "rollout", "append", 20) == []
+    assert problems(config(**settings), BINARY, TopK()) == []
 
 
 def test_one_update_a_rollout_is_fine_without_a_rule() -> None:
-    assert problems(config(steps_per_generation=1), cppo.NoTrustRegion(), "rollout", "append", 20) == []
+    assert problems(config(steps_per_generation=1), cppo.NoTrustRegion(), TopK()) == []
     run = trainer(cppo.NoTrustRegion(), steps_per_generation=1, max_steps=1)
     run.train()
     assert run.state.log_history[0]["trust/ratio_max"] == pytest.approx(1)
-
-
-def test_recomputed_anchor_allows_vllm() -> None:
-    assert problems(config(use_vllm=True), cppo.CPPO(), "recomputed", "append", 20) == []
 
 
 def test_a_models_own_generation_config_is_checked() -> None:
@@ -136,13 +152,6 @@ def test_a_models_own_generation_config_is_checked() -> None:
         trainer(BINARY, model=policy)
     policy.generation_config.typical_p, policy.generation_config.top_p = None, 0.8  # TRL overrides this one
     trainer(BINARY, model=policy)
-
-
-def test_logits_changed_after_the_head_are_refused_for_top_k() -> None:
-    policy = model()
-    policy.config.logit_scale = 0.5
-    with pytest.raises(ValueError, match=r"logit_scale=0\.5.*binary_tv"):
-        trainer(cppo.CPPO(), model=policy)
 
 
 def test_config_presets() -> None:

@@ -20,7 +20,7 @@ import torch
 from datasets import Dataset
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import cppo
 from cppo.engines.trl import TrustRegionTrainer, trust_region_config
@@ -39,13 +39,16 @@ RULES: dict[str, dict[str, Any]] = {
     "cispo": {"ratio_min": 0.9, "ratio_max": 1.1},
     "minpro": {"eps_low": 0.1, "eps_high": 0.1},
 }
-#: Median over the tokens of the perturbed model, of the maxima and of the means of its responses.
+#: About the medians over the tokens of the perturbed model, of the maxima and of the means of its responses.
 SCALES = {
     "binary_tv": (0.0046, 0.025, 0.0063),
     "topk_tv": (0.030, 0.0635, 0.034),
     "topk_tv_upper": (0.2, 0.4, 0.2),
     "binary_kl": (0.00037, 0.0048, 0.0010),
     "topk_kl": (0.0052, 0.0215, 0.0076),
+    "exact_tv": (0.065, 0.1314, 0.0885),
+    "adaptive_tv": (0.065, 0.1314, 0.0885),
+    "exact_kl": (0.017, 0.0548, 0.0256),
 }
 NEED_DIVERGENCE = ("dppo", "trm_max", "trm_avg", "trm_max_avg", "cppo")
 
@@ -77,10 +80,22 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", padding_side="left")
 
 
-def model(tied: bool = True, seed: int = 0) -> Qwen3ForCausalLM:
+#: What some architectures do to their logits after the head, and what they need beside the common sizes.
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "qwen3": {},
+    "gemma2": {"final_logit_softcapping": 3.0, "query_pre_attn_scalar": 16, "sliding_window": 64},
+    "cohere": {"logit_scale": 1.5},
+    "granite": {"logits_scaling": 0.6},
+}
+
+
+def model(
+    tied: bool = True, seed: int = 0, architecture: str = "qwen3", vocabulary: int = len(ALPHABET) + 2
+) -> PreTrainedModel:
     torch.manual_seed(seed)
-    config = Qwen3Config(
-        vocab_size=len(ALPHABET) + 2,
+    config = AutoConfig.for_model(
+        architecture,
+        vocab_size=vocabulary,
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,
@@ -93,8 +108,9 @@ def model(tied: bool = True, seed: int = 0) -> Qwen3ForCausalLM:
         eos_token_id=1,
         bos_token_id=None,
         initializer_range=0.1,
+        **ARCHITECTURES[architecture],
     )
-    return Qwen3ForCausalLM(config)
+    return AutoModelForCausalLM.from_config(config)
 
 
 def dataset(rows: int = 64) -> Dataset:
@@ -140,6 +156,7 @@ def trainer(rule: cppo.TrustRegion | None = None, reward: Any = length_reward, *
         "top_k",
         "topk_variant",
         "topk_anchor",
+        "topk_store",
         "zero_spread_filter",
         "observer",
         "peft_config",
@@ -154,18 +171,15 @@ def trainer(rule: cppo.TrustRegion | None = None, reward: Any = length_reward, *
     )
 
 
-def rollout_and_drift(run: TrustRegionTrainer, scale: float = 0.12) -> tuple[dict[str, Any], Qwen3ForCausalLM]:
+def rollout_and_drift(run: TrustRegionTrainer, scale: float = 0.12) -> tuple[dict[str, Any], PreTrainedModel]:
     """A real rollout of mu, then perturbed weights; the first minibatch and a copy of mu."""
     run.model.train()
     run.current_gradient_accumulation_steps = 1
     inputs = run._prepare_inputs(next(iter(run.get_train_dataloader())))
     inner = run.accelerator.unwrap_model(run.model)
-    tied = run.model.config.tie_word_embeddings
-    mu = model(tied=tied)  # not deepcopy: the forward that TRL patched in would stay bound to the original
-    if hasattr(inner, "get_base_model"):
-        inner = None
-    if inner is not None:
-        mu.load_state_dict(inner.state_dict())
+    # not deepcopy: the forward that TRL patched in would stay bound to the original
+    mu = AutoModelForCausalLM.from_config(inner.config)
+    mu.load_state_dict(inner.state_dict())
     drift(run.model, scale)
     return inputs, mu
 
@@ -194,14 +208,17 @@ def log_softmax(policy: torch.nn.Module, inputs: dict[str, Any], temperature: fl
 def reference_divergence(kind: str, p: list[float], m: list[float], y: int, variant: str = "append") -> float:
     """D between two full distributions at one state, by explicit classes."""
     top = sorted(range(len(m)), key=lambda v: -m[v])[:TOP_K]
-    if kind.startswith("binary"):
+    if kind.startswith(("exact", "adaptive")):
+        classes = [[v] for v in range(len(m))]
+    elif kind.startswith("binary"):
         classes = [[y]]
     elif variant == "append" or y in top:
         classes = [[v] for v in top] + ([[y]] if y not in top else [])
     else:
         classes = [[v] for v in top[:-1]] + [[y]]
     named = {v for group in classes for v in group}
-    classes.append([v for v in range(len(m)) if v not in named])
+    if len(named) < len(m):
+        classes.append([v for v in range(len(m)) if v not in named])
     pairs = [(sum(p[v] for v in group), sum(m[v] for v in group)) for group in classes]
     if kind.endswith("_kl"):
         return sum(b * math.log(b / a) for a, b in pairs if b > 0)

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cppo.divergence import DIVERGENCES
 from cppo.rules import RULES
 from cppo.training import yaml_io
 from cppo.training.config import Config, ConfigError, find_recipe, load_config, recipes, trl_config_kwargs
@@ -87,7 +88,7 @@ def test_table_3(name):
 def test_the_trl_config_of_every_recipe_is_built(name, tmp_path):
     """The real one, as the trainer builds it, and nothing in it disables the rule. No GPU here: bfloat16 on the CPU."""
     from cppo.engines.trl import trust_region_config
-    from cppo.engines.trl_settings import problems, updates_per_rollout
+    from cppo.engines.trl_settings import TopK, problems, updates_per_rollout
 
     config = load_config(name)
     # as one of so many processes; GRPOConfig itself counts one here
@@ -100,7 +101,8 @@ def test_the_trl_config_of_every_recipe_is_built(name, tmp_path):
     assert args.gradient_checkpointing == (name != "arithmetic")
     assert args.learning_rate == config.optimizer.learning_rate and args.beta == 0
     assert args.loss_type == "dr_grpo" and args.scale_rewards == "group"
-    assert problems(args, config.make_rule(), config.topk_anchor, config.topk_variant, config.top_k) == []
+    top_k = TopK(config.top_k, config.topk_variant, config.topk_anchor, config.topk_store)
+    assert problems(args, config.make_rule(), top_k) == []
 
 
 def test_recipes_are_found_by_name_and_by_path(tmp_path):
@@ -150,6 +152,25 @@ def test_short_forms_of_rule_and_task():
     assert load_config(None, ["task=arithmetic"]) == load_config()
     # `seed` is a key of its own, though rules have one, too
     assert load_config(None, ["seed=3"]).rule.parameters["seed"] == 0
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_every_divergence_can_be_trained_with(divergence):
+    config = load_config(None, [f"divergence={divergence}"])
+    assert config.make_rule().divergence == divergence
+    recipe = ["divergence=" + divergence, "rollout.vllm=true", "model=./folder"]
+    if divergence.startswith("binary_"):
+        assert load_config(None, recipe).rollout.vllm
+    else:
+        assert "topk_anchor=recomputed" in fails(*recipe)[0]
+        assert load_config(None, [*recipe, "topk_anchor=recomputed"]).rollout.vllm
+
+
+def test_stores_of_the_top_k():
+    assert load_config(None, ["topk_store=compact", "divergence=adaptive_tv"]).topk_store == "compact"
+    assert "topk_store=float32" in fails("topk_store=ragged", "divergence=topk_kl")[0]
+    assert "255" in fails("topk_store=ragged", "top_k=300")[0]
+    assert load_config(None, ["topk_store=compact", "top_k=300"]).top_k == 300
 
 
 def test_a_given_model_has_no_warmup():
@@ -274,7 +295,8 @@ def test_to_yaml_round_trips_exactly(recipe, overrides, tmp_path):
         ("delta=.inf", ["rule.delta"]),
         ("budget=adaptve", ["rule.budget", "Did you mean 'adaptive'?"]),
         ("divergence=top_tv", ["rule.divergence", "topk_tv"]),
-        ("divergence=exact_tv", ["topk_tv_upper"]),
+        ("divergence=adaptve_tv", ["rule.divergence", "Did you mean 'adaptive_tv'?"]),
+        ("topk_store=compat", ["topk_store is 'compat'", "Did you mean 'compact'?"]),
         ("gate=sappo", ["gate", "sapo"]),
         ("rule=dpo", ["no rule 'dpo'", "Did you mean 'dppo'?"]),
         ("rule=7", ["rule is 7"]),

@@ -150,6 +150,18 @@ def test_summary_has_everything(run: Path) -> None:
     assert f"| {np.mean(train):.2%} |" in text
 
 
+def test_summary_of_an_adaptive_divergence(tmp_path: Path) -> None:
+    synthetic.write_run(tmp_path, steps=1, updates=2)
+    said = ("whose exact divergence was needed", "bytes a token that the divergence keeps")
+    assert not any(part in write_summary(tmp_path) for part in said)
+    for share in (0.1, 0.2):
+        row = {"step": 2, "update": 3, "kind": "train", "trust/resolved_fraction": share}
+        append_metrics(tmp_path, row | ({"trust/divergence_bytes_per_token": 612.0} if share == 0.1 else {}))
+    text = write_summary(tmp_path)
+    assert all(part in text for part in said)
+    assert "| 15.00% |" in text and "| 612 |" in text
+
+
 def test_summary_survives_hostile_text(tmp_path: Path) -> None:
     record = {
         "step": 1,

@@ -189,6 +189,27 @@ def test_every_rule_trains(case, policy, tmp_path, no_plots):
     assert case[0].removeprefix("rule=") in (tmp_path / "run" / "summary.md").read_text()
 
 
+@pytest.mark.parametrize(
+    ("settings", "stored"),
+    [
+        (["divergence=exact_tv"], 4 * 32 + 4),
+        (["divergence=adaptive_tv", "top_k=3"], 4 * 32 + 4 + 8 * 3),
+        (["divergence=adaptive_tv", "top_k=3", "topk_store=compact"], 4 * 32 + 4 + 5 * 3),
+        (["divergence=topk_tv", "top_k=3", "topk_store=compact"], 5 * 3),
+    ],
+)
+def test_divergences_of_the_whole_head_train(settings, stored, policy, tmp_path, no_plots):
+    run = tmp_path / "run"
+    train(f"model={policy}", *settings, *LETTERS, "steps=2", "evaluation.samples=1", f"output_dir={run}")
+    updates = rows(run, "train")
+    assert len(updates) == 4 and all(row["trust/divergence_max"] > 0 for row in updates[1::2])
+    # on the first update the policy is the rollout policy; float16 log-probabilities are off by less than 1e-3
+    assert all(row["trust/first_update_divergence"] < 1e-3 for row in updates[::2])
+    assert [row.get("trust/divergence_bytes_per_token") for row in updates] == [stored, None] * 2
+    assert all(("trust/resolved_fraction" in row) == ("divergence=adaptive_tv" in settings) for row in updates)
+    assert f"| {stored} |" in (run / "summary.md").read_text()
+
+
 def test_the_nine_rules_are_covered():
     assert len(RULES) == 9 and {case[0].removeprefix("rule=") for case in CASES} == set(RULES)
 

@@ -5,11 +5,11 @@
 * The seam is TRL's public `get_off_policy_mask`: called once a loss, its result m multiplies the per-token loss -rho A.
   We return m = c / rho with TRL's own rho, so that the loss is -c A in value and -c A grad log pi in gradient, whatever
   the rule.
-* Three more methods are wrapped: they call TRL's own and add tensors (mu's top-K, the zero-spread filter, hidden
-  states).
+* Three more methods are wrapped: they call TRL's own and add tensors (what a divergence needs of mu, the zero-spread
+  filter, hidden states).
 * Every setting that would silently disable or alter the rule is refused (`trl_settings`); a TRL that moved is an error.
 
-Left out: exact divergences, AsyncGRPO (it has a loss of its own), context parallelism (TRL's GRPO has none). In
+Left out: AsyncGRPO (it has a loss of its own), context parallelism (TRL's GRPO has none). In
 evaluation the policy is the one that samples: no rule is applied and TRL's own loss is reported.
 """
 
@@ -26,11 +26,12 @@ import trl
 from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer
 
+from cppo.divergence import Variant
 from cppo.engines.trl_config import trust_region_config
+from cppo.engines.trl_divergence import HeadDivergence
 from cppo.engines.trl_filter import ROW_SCALE, drop_zero_spread
-from cppo.engines.trl_head import causal_lm, require_plain_head
-from cppo.engines.trl_settings import generation_problems, problems
-from cppo.engines.trl_topk import TopKDivergence
+from cppo.engines.trl_head import causal_lm, logit_changes
+from cppo.engines.trl_settings import TopK, generation_problems, needs_head, problems
 from cppo.objective import metrics
 from cppo.rules import CPPO, TrustRegion, Verdict
 from cppo.tokens import TokenBatch
@@ -70,9 +71,13 @@ class TrustRegionTrainer(GRPOTrainer):
     ----------
     model, reward_funcs, and all other keyword arguments : as in `GRPOTrainer`; `args` from `trust_region_config`.
     rule : any of `cppo.RULES`; default `cppo.CPPO()`.
-    top_k, topk_variant : for rules with a top-K divergence: K, and the classes (`cppo.divergence.topk_tv`).
-    topk_anchor : "rollout": mu's top-K is that of the weights that sampled. "recomputed": with vLLM, whose top-K is not
-        handed over, take the trainer's distribution of the same weights; ratios stay against vLLM.
+    top_k, topk_variant : for rules with a top-K or adaptive divergence: K, and the classes
+        (`cppo.divergence.topk_tv`).
+    topk_anchor : "rollout": mu is the policy that sampled. "recomputed": with vLLM, which reports the sampled tokens
+        alone, take the trainer's distributions of the same weights; ratios stay against vLLM.
+    topk_store : how mu's top-K is kept until the last update: "float32", 8 K bytes a token; "compact", 5 K, TV off by
+        at most 0.0015 (K = 20); "ragged", 1 + 5 for each entry that is needed to cover 99.9% of mu, TV off by up to
+        0.001 more (`cppo.scoring.store`). `adaptive_tv` allows for that and decides as the exact TV all the same.
     zero_spread_filter : take groups with equal rewards out of the loss and out of its denominators.
     observer : called once a loss in training, without gradient: observer(batch, verdict, inputs, update).
 
@@ -91,8 +96,9 @@ class TrustRegionTrainer(GRPOTrainer):
         *,
         rule: TrustRegion | None = None,
         top_k: int = 20,
-        topk_variant: str = "append",
+        topk_variant: Variant = "append",
         topk_anchor: str = "rollout",
+        topk_store: str = "float32",
         zero_spread_filter: bool = True,
         observer: Observer | None = None,
         **kwargs: Any,
@@ -103,19 +109,19 @@ class TrustRegionTrainer(GRPOTrainer):
         if args is None:
             raise ValueError("args is None, and TRL's defaults clip the ratio. Set args=trust_region_config(...).")
         _check_seam()
-        _refuse(problems(args, rule, topk_anchor, topk_variant, top_k))
+        options = TopK(top_k, topk_variant, topk_anchor, topk_store)
+        _refuse(problems(args, rule, options))
         super().__init__(model, reward_funcs, args, **kwargs)
         if clash := [name for name in {*vars(self), *dir(GRPOTrainer)} if name.startswith("_trust_")]:
             raise _moved(f"it has attributes {clash} of its own")
         policy = self._trust_policy()
         _refuse(generation_problems(policy.generation_config, args))
         self._trust_rule, self._trust_observer, self._trust_filtered = rule, observer, zero_spread_filter
-        self._trust_topk: TopKDivergence | None = None
-        if rule.divergence is not None and rule.divergence.startswith("topk_"):
-            require_plain_head(policy)
-            self._trust_topk = TopKDivergence(
-                rule.divergence, top_k, topk_variant, topk_anchor, self.temperature, args.cast_lm_head_to_fp32
-            )
+        self._trust_divergence: HeadDivergence | None = None
+        if needs_head(rule.divergence):
+            logit_changes(policy)  # raises where they cannot be followed
+            fp32 = args.cast_lm_head_to_fp32
+            self._trust_divergence = HeadDivergence(str(rule.divergence), options, self.temperature, fp32)
         self._trust_loss: _LossPass | None = None
         self._trust_checked = self._trust_warned = False
         self._trust_generated_at = 0
@@ -140,8 +146,11 @@ class TrustRegionTrainer(GRPOTrainer):
             return torch.ones_like(per_token_logps)
         logp = per_token_logps.detach().float()
         batch = TokenBatch(logp, sampling_per_token_logps.float(), advantages.float(), mask)
-        if self._trust_topk is not None:
-            batch = batch.with_divergence(self._trust_topk.score(self._trust_policy(), loss.inputs, logp))
+        if self._trust_divergence is not None:
+            found, resolved = self._trust_divergence.score(self._trust_rule, batch, self._trust_policy(), loss.inputs)
+            batch = batch.with_divergence(found)
+            if resolved is not None:
+                self._trust_log_share("trust/resolved_fraction", resolved.sum(), batch.loss_mask.sum())
         if not self._trust_checked:
             batch.check()
             self._trust_checked = True
@@ -172,6 +181,12 @@ class TrustRegionTrainer(GRPOTrainer):
         rows = self.accelerator.gather(torch.cat([sums, maxima])[None])
         return rows[:, : len(sums)].sum(0), rows[:, len(sums) :].amax(0)
 
+    def _trust_log_share(self, name: str, part: Tensor | int, whole: Tensor | int) -> None:
+        """Log part / whole, both summed over processes."""
+        counts = torch.stack([torch.as_tensor(x, device=self.accelerator.device).double() for x in (part, whole)])
+        total = self.accelerator.reduce(counts, reduction="sum").tolist()
+        self._metrics["train"][name].append(total[0] / max(total[1], 1))
+
     # -- wrappers: TRL's own, plus something --------------------------------------------------------------------
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
@@ -200,10 +215,10 @@ class TrustRegionTrainer(GRPOTrainer):
             return method(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
 
         in_loss = self._trust_loss is not None
-        if self._trust_topk is None or not self.model.training or not (in_loss or model is self.model):
+        if self._trust_divergence is None or not self.model.training or not (in_loss or model is self.model):
             return forward()
         tokens, mask = input_ids[:, -logits_to_keep:], attention_mask[:, -logits_to_keep:]
-        return self._trust_topk.listen(forward, self._trust_policy(), tokens, mask, in_loss)
+        return self._trust_divergence.listen(forward, self._trust_policy(), tokens, mask, in_loss)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         if not self.model.training:
@@ -216,11 +231,12 @@ class TrustRegionTrainer(GRPOTrainer):
                 "that batch is lost and the run differs from the uninterrupted one. Save on rollout boundaries.",
                 stacklevel=2,
             )
-        if self._trust_topk is not None:
-            self._trust_topk.collecting = True
+        if self._trust_divergence is not None:
+            self._trust_divergence.collecting = True
         output = super()._generate_and_score_completions(inputs)
-        if self._trust_topk is not None:
-            self._trust_topk.attach(output)
+        if self._trust_divergence is not None:
+            stored = self._trust_divergence.attach(output)
+            self._trust_log_share("trust/divergence_bytes_per_token", stored, output["completion_ids"].numel())
         if self.rollout_func is not None and "sampling_per_token_logps" not in output:
             raise ValueError(
                 "rollout_func returned no log-probabilities (logprobs=None), so the rollout policy is not known. "
@@ -229,9 +245,7 @@ class TrustRegionTrainer(GRPOTrainer):
         if "sampling_per_token_logps" in output:
             loss_tokens = (output["completion_mask"] * output.get("tool_mask", 1)) != 0
             missing = output["sampling_per_token_logps"].isnan() & loss_tokens
-            counts = torch.stack([missing.sum(), loss_tokens.sum()]).double()
-            unscored, tokens = self.accelerator.reduce(counts, reduction="sum").tolist()
-            self._metrics["train"]["trust/unscored_fraction"].append(unscored / max(tokens, 1))
+            self._trust_log_share("trust/unscored_fraction", missing.sum(), loss_tokens.sum())
         if self._trust_filtered:
             rank, gather = self.accelerator.process_index, self.accelerator.gather
             share = drop_zero_spread(output, self.num_generations, self.loss_type, rank, gather)

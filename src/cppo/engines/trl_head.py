@@ -1,13 +1,14 @@
-"""TRL's lm_head, applied to a few ids a token, and the hidden states of TRL's own forward passes.
+"""TRL's lm_head as `cppo.scoring` takes it, and the hidden states of TRL's own forward passes.
 
-Logits are computed in the precision of TRL's head, because only then z_y - log pi(y) is TRL's logsumexp: float32 unless
-the model or autocast is bf16; `GRPOConfig.cast_lm_head_to_fp32=True` makes them float32 in any case. Everything here is
-without gradient. Left out: DeepSpeed ZeRO-3 and FSDP1, whose head has no full weight outside of its own forward
+Logits are computed in the precision of TRL's head, because only then z_y/T - log pi(y) is TRL's logsumexp: float32
+unless the model or autocast is bf16; `GRPOConfig.cast_lm_head_to_fp32=True` makes them float32 in any case. Everything
+here is without gradient. Left out: DeepSpeed ZeRO-3 and FSDP1, whose head has no full weight outside of its own forward
 (refused).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,15 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-#: Elements of a temporary [chunk, V] or [chunk, K + 1, d]: 2^25 float32 numbers are 128 MiB.
+from cppo.scoring import Distributions, TokenScores, score_tokens
+
+#: Elements of a temporary [chunk, J, d] of gathered rows: 2^25 float32 numbers are 128 MiB.
 CHUNK_ELEMENTS = 2**25
 
-#: A product with the whole vocabulary is cheaper than gathered rows below this multiple of K + 1 (rows are read at
-#: random).
+#: A product with the whole vocabulary is cheaper than gathered rows below this multiple of the ids a token (rows are
+#: read at random).
 FULL_PRODUCT = 16
 
-#: Attributes of a configuration by which models change their logits after the head (TRL 1.16, `add_fused_lm_head`).
-_LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
+#: Names under which configurations keep the factor of the logits; TRL 1.16 (`add_fused_lm_head`) takes the first found.
+_SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
 
 
 def causal_lm(model: Any) -> Any:
@@ -32,22 +35,34 @@ def causal_lm(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def require_plain_head(model: Any) -> None:
-    """Top-K needs logits = h W^T + b; models that rescale or cap them afterwards are refused.
+def logit_changes(model: Any) -> tuple[float | None, float]:
+    """What lies between h W^T + b and the logits, read from the configuration as TRL's fused head does: (softcap,
+    scale) of z = softcap tanh(scale x / softcap).
+
+    Softcap: Gemma 2 and later. Scale: `logit_scale` (Cohere), `output_multiplier`, `lm_head_multiplier` (Falcon-H1), or
+    1 / `logits_scaling` (Granite, MiniCPM3), by which HyperCLOVA X multiplies.
 
     Raises
     ------
-    ValueError : the model's configuration changes its logits after the head.
+    ValueError : a value that is no number above 0.
     """
     config = model.config.get_text_config()
-    for name in _LOGIT_CHANGES:
+    values: dict[str, float] = {}
+    for name in ("final_logit_softcapping", *_SCALES):
         value = getattr(config, name, None)
-        if value is not None and value != 1:
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
             raise ValueError(
-                f"{type(model).__name__} has {name}={value} in its configuration: it changes the logits after the "
-                "head, which the top-K divergences of the TRL engine do not follow. Set divergence='binary_tv' (or "
-                "'binary_kl') in the rule."
+                f"{type(model).__name__} has {name}={value!r} in its configuration, expected a number above 0: the "
+                "divergences that look at the whole head would score other logits than TRL does. Set "
+                "divergence='binary_tv' (or 'binary_kl') in the rule."
             )
+        values[name] = float(value)
+    found = next((name for name in _SCALES if name in values), None)
+    scale = 1.0 if found is None else values[found]
+    divides = found == "logits_scaling" and config.model_type != "hyperclovax"
+    return values.get("final_logit_softcapping"), 1 / scale if divides else scale
 
 
 @contextmanager
@@ -74,18 +89,33 @@ def hidden_states(model: Any, receive: Callable[[Tensor, torch.dtype], None]) ->
         handle.remove()
 
 
-@dataclass(frozen=True)
-class Head:
-    """The lm_head as TRL applies it: z = (h W^T + b) / temperature, the product in `dtype`, the rest in float32."""
+def states_before(hidden: Tensor, tokens: int, index: Tensor) -> Tensor:
+    """The states that predict some of the last `tokens` = T tokens of each row: those at the positions before them.
 
-    weight: Tensor  # [V, d]
+    Parameters
+    ----------
+    hidden : ``[B, P + T, d]``. index : flat positions in ``[B, T]``, int64 ``[n]``.
+    """
+    return hidden[index // tokens, index % tokens + (hidden.shape[1] - tokens - 1)]
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """The lm_head as TRL applies it, for states ``[n, d]``: z/T as in `cppo.scoring.logits`, h W^T in `dtype`."""
+
+    weight: Tensor  # [V, d], of `dtype`
     bias: Tensor | None  # [V]
     temperature: float
+    softcap: float | None
+    logit_scale: float
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, model: Any, temperature: float, dtype: torch.dtype) -> Head:
-        """The head of a causal LM, gathered where FSDP2 has sharded it."""
+    def of(cls, model: Any, temperature: float, dtype: torch.dtype, copy: bool = False) -> Head:
+        """The head of a causal LM, gathered where FSDP2 has sharded it (then every process must come here).
+
+        `copy`: with memory of its own, which training does not change.
+        """
         head = model.get_output_embeddings()
         weight, bias = head.weight.detach(), None if head.bias is None else head.bias.detach()
         if hasattr(weight, "full_tensor"):
@@ -93,55 +123,79 @@ class Head:
         if weight.dim() != 2 or weight.numel() == 0:
             raise ValueError(
                 f"the lm_head's weight has shape {list(weight.shape)} here: DeepSpeed ZeRO-3 and FSDP1 keep it in "
-                "pieces, which top-K divergences do not support. Use DDP, ZeRO-2 or FSDP2, or set "
-                "divergence='binary_tv' in the rule."
+                "pieces, of which nothing but the sampled token's log-probability can be had. Use DDP, ZeRO-2 or "
+                "FSDP2, or set divergence='binary_tv' in the rule."
             )
-        return cls(weight.to(dtype), None if bias is None else bias.to(dtype), temperature, dtype)
+        bias = None if bias is None else bias.to(dtype, copy=copy)
+        return cls(weight.to(dtype, copy=copy), bias, temperature, *logit_changes(model), dtype)
 
-    def all_logits(self, hidden: Tensor) -> Tensor:
-        """``[n, d]`` -> float32 ``[n, V]``."""
-        with torch.autocast(hidden.device.type, enabled=False):
-            logits = nn.functional.linear(hidden.to(self.dtype), self.weight, self.bias)
-        return logits.float() / self.temperature
+    def score(self, states: Tensor, tokens: Tensor, candidates: Tensor | None = None, top_k: int = 0) -> TokenScores:
+        """`score_tokens` with this head. A backend that tells the logsumexp is asked for by a candidate at least."""
+        return score_tokens(
+            states.to(self.dtype),
+            self.weight,
+            tokens,
+            tokens[:, None] if candidates is None else candidates,
+            temperature=self.temperature,
+            bias=self.bias,
+            softcap=self.softcap,
+            logit_scale=self.logit_scale,
+            want_top_k=min(top_k, self.weight.shape[0]),
+            logits_dtype=self.dtype,
+        )
 
-    def logits_at(self, hidden: Tensor, ids: Tensor) -> Tensor:
-        """``[n, d]`` and ids ``[n, J]`` -> float32 ``[n, J]``, by gathered rows or a whole product: the cheaper."""
-        if self.weight.shape[0] <= FULL_PRODUCT * ids.shape[1]:
-            return self.all_logits(hidden).gather(-1, ids)
-        with torch.autocast(hidden.device.type, enabled=False):
-            logits = torch.bmm(self.weight[ids], hidden.to(self.dtype)[:, :, None])[:, :, 0]
+    def distributions(self, states: Tensor, logsumexp: Tensor) -> Distributions:
+        """All next-token probabilities at some states, as `cppo.scoring.exact_divergence` takes them."""
+        return Distributions(
+            states.to(self.dtype),
+            self.weight,
+            logsumexp,
+            self.temperature,
+            self.bias,
+            self.softcap,
+            self.logit_scale,
+            self.dtype,
+        )
+
+    def logits_at(self, states: Tensor, ids: Tensor) -> Tensor:
+        """z/T at ids ``[n, J]`` by gathered rows of W: J dot products a token; float32 ``[n, J]``."""
+        states = states.to(self.dtype)
+        size = max(1, CHUNK_ELEMENTS // max(1, ids.shape[1] * self.weight.shape[1]))
+        with torch.autocast(states.device.type, enabled=False):
+            parts = [
+                torch.bmm(self.weight[some], h[:, :, None])[:, :, 0].float()
+                for h, some in zip(states.split(size), ids.split(size), strict=True)
+            ]
+        z = torch.cat(parts)
         if self.bias is not None:
-            logits = logits + self.bias[ids]
-        return logits.float() / self.temperature
+            z += self.bias[ids]
+        z *= self.logit_scale
+        if self.softcap is not None:
+            z = self.softcap * torch.tanh(z / self.softcap)
+        return z / self.temperature
 
-    def chunk(self, width: int) -> int:
-        """Tokens at a time for `width` ids each."""
-        vocabulary, size = self.weight.shape
-        each = vocabulary if vocabulary <= FULL_PRODUCT * width else width * size
-        return max(1, CHUNK_ELEMENTS // each)
+    def log_probabilities(
+        self, states: Tensor, tokens: Tensor, logp: Tensor, ids: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """log pi at further ids, and the logsumexp, where TRL has computed the sampled token's log pi(y) already.
 
+            logsumexp = z_y/T - log pi(y),      log pi(k) = z_k/T - logsumexp
 
-@torch.no_grad()
-def policy_topk_logp(head: Head, hidden: Tensor, ids: Tensor, tokens: Tensor, logp: Tensor) -> Tensor:
-    """log pi at mu's ids from the hidden states of the loss's own forward.
+        K + 1 dot products a token; a whole product instead where the vocabulary is small.
 
-    Parameters
-    ----------
-    hidden : last hidden states ``[B, P + T, d]`` of prompts and responses.
-    ids : mu's top-K ids, int ``[B, T, K]``. tokens : sampled tokens ``[B, T]``. logp : TRL's log pi of them, ``[B,
-        T]``.
+        Parameters
+        ----------
+        tokens : y, ``[n]``. logp : log pi(y), float32 ``[n]``. ids : ``[n, K]``; None: K = 0.
 
-    Returns
-    -------
-    float32 ``[B, T, K]``: z_k - (z_y - log pi(y)), at most 0. Arbitrary outside the mask.
-    """
-    length, k = tokens.shape[1], ids.shape[-1]
-    states = hidden[:, -length - 1 : -1].to(head.weight.device).reshape(-1, hidden.shape[-1])
-    wanted = torch.cat([ids, tokens[..., None].to(ids.dtype)], -1).reshape(-1, k + 1)
-    size = head.chunk(k + 1)
-    parts = [
-        head.logits_at(states[start : start + size], wanted[start : start + size].long())
-        for start in range(0, wanted.shape[0], size)
-    ]
-    logits = torch.cat(parts).view(*tokens.shape, k + 1).to(logp.device)
-    return (logits[..., :-1] - logits[..., -1:] + logp.detach().float()[..., None]).clamp(max=0.0)
+        Returns
+        -------
+        float32 ``[n, K]`` and ``[n]``.
+        """
+        wanted = tokens[:, None] if ids is None else torch.cat([ids, tokens[:, None]], 1)
+        if ids is not None and self.weight.shape[0] <= FULL_PRODUCT * wanted.shape[1]:
+            scores = self.score(states, tokens, ids)
+            assert scores.candidate_logp is not None and scores.logsumexp is not None
+            return scores.candidate_logp.float(), scores.logsumexp.float()
+        z = self.logits_at(states, wanted)
+        logsumexp = z[:, -1] - logp
+        return (z[:, :-1] - logsumexp[:, None]).clamp(max=0.0), logsumexp

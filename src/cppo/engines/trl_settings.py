@@ -10,8 +10,11 @@ Left out: settings that TRL refuses by itself, and those that change the task bu
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from cppo.divergence import Variant
+from cppo.engines.support import BINARY
 from cppo.engines.trl_config import OPEN, aligned_save_steps, updates_per_rollout
 from cppo.rules import NoTrustRegion, TrustRegion
 
@@ -82,38 +85,69 @@ _SUPPORT = (
 )
 
 
-def problems(args: GRPOConfig, rule: TrustRegion, topk_anchor: str, topk_variant: str, top_k: int) -> list[str]:
-    """Everything in `args` that would silently disable or alter `rule`, one or two sentences each."""
+#: How mu's top K may be kept (`cppo.scoring.store`).
+STORES = ("float32", "compact", "ragged")
+
+
+@dataclass(frozen=True)
+class TopK:
+    """The trainer's own arguments about mu's scores (`cppo.engines.trl.TrustRegionTrainer`)."""
+
+    k: int = 20
+    variant: Variant = "append"
+    anchor: str = "rollout"
+    store: str = "float32"
+
+
+def needs_head(divergence: str | None) -> bool:
+    """Whether a divergence needs more than the sampled token's two log-probabilities."""
+    return divergence not in (None, *BINARY)
+
+
+def problems(args: GRPOConfig, rule: TrustRegion, top_k: TopK) -> list[str]:
+    """Everything in `args` and `top_k` that would silently disable or alter `rule`, one or two sentences each."""
     return [
-        *_rule_problems(args, rule, topk_anchor, topk_variant, top_k),
+        *_divergence_problems(args, rule.divergence, top_k),
+        *_reuse_problems(args, rule),
         *_rollout_problems(args),
         *_loss_problems(args),
     ]
 
 
-def _rule_problems(args: GRPOConfig, rule: TrustRegion, topk_anchor: str, topk_variant: str, top_k: int) -> list[str]:
+def _divergence_problems(args: GRPOConfig, divergence: str | None, top_k: TopK) -> list[str]:
+    """Can mu be known as far as the divergence needs it?"""
+    if divergence is None or not needs_head(divergence):
+        return []
     found = []
-    divergence = rule.divergence or ""
-    if divergence.startswith("exact_"):
-        found.append(
-            f"divergence={divergence!r} needs two full distributions a token, which the TRL engine does not compute. "
-            "Set divergence='topk_tv', or 'topk_tv_upper' for a bound of the exact one from above."
-        )
-    if divergence.startswith("topk_"):
-        if not isinstance(top_k, int) or top_k < 1:
-            found.append(f"top_k={top_k!r} (of the trainer) is no number of tokens. Set top_k=20.")
-        if topk_variant not in ("append", "replace_last"):
-            found.append(f"topk_variant={topk_variant!r} is unknown. Set topk_variant='append' or 'replace_last'.")
-        if topk_anchor not in ("rollout", "recomputed"):
-            found.append(f"topk_anchor={topk_anchor!r} is unknown. Set topk_anchor='rollout' or 'recomputed'.")
-        elif args.use_vllm and topk_anchor == "rollout":
+    if not divergence.startswith("exact_"):
+        if not isinstance(top_k.k, int) or top_k.k < 1:
+            found.append(f"top_k={top_k.k!r} (of the trainer) is no number of tokens. Set top_k=20.")
+        elif top_k.store == "ragged" and top_k.k > 255:
             found.append(
-                f"use_vllm=True with divergence={divergence!r}: vLLM hands the sampled token's log-probability to TRL "
-                "and nothing else, so the rollout policy's top-K is not known. Set divergence='binary_tv' in the rule, "
-                "or topk_anchor='recomputed' to measure the divergence against the same weights as the trainer "
-                "computes them (the ratio stays against vLLM)."
+                f"topk_store='ragged' counts a token's entries in one byte, but top_k={top_k.k}. Set top_k to 255 at "
+                "most, or topk_store='compact'."
             )
-    return found + _reuse_problems(args, rule)
+        if top_k.variant not in ("append", "replace_last"):
+            found.append(f"topk_variant={top_k.variant!r} is unknown. Set topk_variant='append' or 'replace_last'.")
+        if top_k.store not in STORES:
+            found.append(f"topk_store={top_k.store!r} is unknown. Set topk_store to one of {', '.join(STORES)}.")
+        elif divergence.endswith("_kl") and top_k.store != "float32":
+            found.append(
+                f"topk_store={top_k.store!r} rounds mu's log-probabilities, which moves a total variation by 0.0015 at "
+                f"most (K = 20) but has no such bound for divergence={divergence!r}, where what is left over may have "
+                "next to no mass. Set topk_store='float32', or divergence='topk_tv' in the rule."
+            )
+    if top_k.anchor not in ("rollout", "recomputed"):
+        found.append(f"topk_anchor={top_k.anchor!r} is unknown. Set topk_anchor='rollout' or 'recomputed'.")
+    elif args.use_vllm and top_k.anchor == "rollout":
+        what = "top-K is" if divergence.startswith("topk_") else "other probabilities are"
+        found.append(
+            f"use_vllm=True with divergence={divergence!r}: vLLM hands the sampled token's log-probability to TRL "
+            f"and nothing else, so the rollout policy's {what} not known. Set divergence='binary_tv' in the rule, "
+            "or topk_anchor='recomputed' to measure the divergence against the same weights as the trainer "
+            "computes them (the ratio stays against vLLM)."
+        )
+    return found
 
 
 def _reuse_problems(args: GRPOConfig, rule: TrustRegion) -> list[str]:

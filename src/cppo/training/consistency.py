@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from cppo.engines.support import BINARY
+
 if TYPE_CHECKING:
     from cppo.training.settings import Config
 
@@ -128,20 +130,23 @@ def _model(config: Config) -> Iterator[str]:
 
 
 def _trust_region(config: Config) -> Iterator[str]:
-    divergence = str(config.rule.parameters.get("divergence") or "")
-    if divergence.startswith("exact_"):
-        yield (
-            f"rule.divergence is {divergence!r}, which needs two full distributions a token; training has the top K "
-            "of them. "
-            "Set rule.divergence=topk_tv, or topk_tv_upper for a bound from above."
-        )
-    if config.rollout.vllm and divergence.startswith("topk_") and config.topk_anchor == "rollout":
+    divergence = config.rule.parameters.get("divergence")
+    if config.rollout.vllm and divergence not in (None, *BINARY) and config.topk_anchor == "rollout":
         yield (
             f"rule.divergence is {divergence!r} with rollout.vllm=true and topk_anchor=rollout, but vLLM hands over "
-            "the sampled "
-            "token's log-probability and no others. Set topk_anchor=recomputed (the top K from the trainer's own "
-            "forward with "
-            "the same weights; the ratio stays against vLLM) or rule.divergence=binary_tv."
+            "the sampled token's log-probability and no others. Set topk_anchor=recomputed (the distributions of the "
+            "trainer's own forward with the same weights; the ratio stays against vLLM) or rule.divergence=binary_tv."
+        )
+    if divergence == "topk_kl" and config.topk_store != "float32":
+        yield (
+            f"rule.divergence is 'topk_kl' with topk_store={config.topk_store}, whose rounding moves a total variation "
+            "by 0.0015 at most (K = 20), but for a KL there is no such bound. Set topk_store=float32 or "
+            "rule.divergence=topk_tv."
+        )
+    if config.topk_store == "ragged" and config.top_k > 255:
+        yield (
+            f"top_k is {config.top_k} with topk_store=ragged, which counts a token's entries in one byte. Set top_k "
+            "to 255 at most, or topk_store=compact."
         )
     if config.updates == 1 and not config.rollout.vllm and config.rule.name != "none":
         yield (

@@ -38,6 +38,7 @@ WITHOUT_MEANING: Mapping[str, str] = {
     "warmup": "verl starts from the model as it is",
     "trl": "it holds arguments of TRL; verl's settings are given by their own names, such as trainer.save_freq=10",
     "topk_anchor": "with verl the top K come from the sampler",
+    "topk_store": "verl keeps the top K with the responses in a format of its own",
     "rollout.vllm": "verl's rollouts come from an engine of its own (actor_rollout_ref.rollout.name)",
     "rollout.vllm_mode": "--mode says where the rollout engine runs",
     "rollout.vllm_enable_sleep_mode": "verl's is actor_rollout_ref.rollout.free_cache_engine",

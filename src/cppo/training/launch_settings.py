@@ -242,12 +242,19 @@ def _optimizer(config: Config, engine: str) -> Iterator[Setting]:
 
 def _rule(config: Config, engine: str) -> Iterator[Setting]:
     name, loss = config.rule.name, f"{_ACTOR}.policy_loss"
+    divergence = str(config.rule.parameters.get("divergence"))
+    if divergence.startswith(("exact_", "adaptive_")):
+        raise UserError(
+            f"rule.divergence is {divergence!r}, for which two full distributions of a token must be at hand; verl's "
+            "rollout engines report log-probabilities of a few ids. Set rule.divergence=topk_tv, or topk_tv_upper for "
+            "a bound from above, or train with `cppo train`."
+        )
     yield setting(f"{loss}._target_", "cppo.engines.verl.config.TrustRegionLossConfig")
     yield setting(f"{loss}.loss_mode", "cppo" if name == "cppo" else f"cppo_{name}", "rule")
     for parameter, value in config.rule.parameters.items():
         if value is not None:
             yield setting(f"{loss}.rule.{parameter}", value, f"rule.{parameter}", add=True)
-    if str(config.rule.parameters.get("divergence")).startswith("topk_"):
+    if divergence.startswith("topk_"):
         yield setting(f"{loss}.top_k", config.top_k, "top_k", add=True)
         yield setting(f"{loss}.topk_variant", config.topk_variant, "topk_variant", add=True)
 

@@ -196,6 +196,7 @@ class Run:
             top_k=config.top_k,
             topk_variant=config.topk_variant,
             topk_anchor=config.topk_anchor,
+            topk_store=config.topk_store,
             zero_spread_filter=config.advantages.zero_spread_filter,
             observer=recorder if self.main else None,
             peft_config=peft_config(config),

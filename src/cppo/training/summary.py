@@ -190,6 +190,14 @@ def _trust(rows: Sequence[Row]) -> str:
     lines.append(("divergence: mean / p90 (means over updates) / largest", " / ".join(parts)))
     floor = mean("trust/first_update_divergence")
     lines.append(("divergence of the first update of a batch (rollout/training mismatch, near 0)", number(floor)))
+    resolved = mean("trust/resolved_fraction")
+    if resolved is not None:
+        lines.append(
+            ("tokens whose exact divergence was needed (of the others D counts as its lower end)", share(resolved))
+        )
+    stored = mean("trust/divergence_bytes_per_token")
+    if stored is not None:
+        lines.append(("bytes a token that the divergence keeps of the rollout policy", number(stored)))
     used = mean("trust/budget_used")
     if used is not None:
         lines.append(("prefix budget used at the end of a response", share(used)))
