@@ -93,8 +93,9 @@ def test_on_policy_divergence_is_zero(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["topk_tv", "exact_tv"])
-def test_on_policy_divergence_in_bf16(kind: str) -> None:
-    """Under bf16 autocast the head rounds its logits; they are scored in the same precision: D is small, not 0."""
+def test_on_policy_divergence_in_bf16(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under bf16 autocast the head rounds its logits; they are scored in the same precision, so nearly all cancels."""
+    monkeypatch.setattr(trl_head, "FULL_PRODUCT", 0)
     noise = {}
     for fp32 in (False, True):
         run = trainer(cppo.DPPO(divergence=kind), bf16=True, cast_lm_head_to_fp32=fp32)
@@ -104,7 +105,7 @@ def test_on_policy_divergence_in_bf16(kind: str) -> None:
         noise[fp32] = run._metrics["train"]["trust/divergence_mean"][-1]
         if kind == "exact_tv":
             assert inputs["trust_hidden"].dtype == torch.bfloat16 if not fp32 else torch.float32
-    assert noise[False] < 2e-3 and noise[True] < 2e-3
+    assert noise[False] < 1e-3 and noise[True] < 1e-3  # a CPU that rounds otherwise may leave more than this one (4e-5)
 
 
 def test_rollout_policy_is_fixed_over_the_minibatches_and_iterations() -> None:
