@@ -7,7 +7,7 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-verl test-vllm test-engines setup-verl setup-vllm setup-engines lint format bench clean
+.PHONY: help setup train test test-verl test-vllm test-engines setup-verl setup-vllm setup-engines lint format bench bench-scoring clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -94,6 +94,10 @@ bench: setup  ## speed and memory as ratios; figures go to benchmarks/results/
 	$(BIN)/python -m benchmarks.core --json benchmarks/results/core.json
 	$(BIN)/python -m benchmarks.update --json benchmarks/results/update.json
 	$(BIN)/python -m benchmarks.scale --json benchmarks/results/scale.json --figure docs/images/scale.png
+
+bench-scoring: setup  ## scoring and divergences against other ways (about 35 minutes; ARGS="--plan quick": 5); tables go to docs/, too
+	$(BIN)/python -m benchmarks.divergences --json benchmarks/results/divergences.json --figure docs/images/divergences.png --docs docs/divergences.md
+	$(BIN)/python -m benchmarks.scoring --json benchmarks/results/scoring.json --docs docs $(ARGS)
 
 clean:  ## remove the virtual environment and caches (runs/ stays)
 	rm -rf $(VENV) $(VENV)-verl $(VENV)-vllm $(VENV)-engines .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist src/*.egg-info

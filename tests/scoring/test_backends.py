@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -178,3 +182,11 @@ def test_linear_cross_entropy_of_few_tokens(tokens: int) -> None:
     torch.testing.assert_close(logp, want, rtol=0, atol=3e-6)
     logp.sum().backward()
     assert hidden.grad is not None and head.grad is not None and head.grad.isfinite().all()
+
+
+def test_the_examples_of_the_page_run() -> None:
+    page = Path(__file__).parents[2] / "docs" / "divergences.md"
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
+    assert len(blocks) == 3
+    run = subprocess.run([sys.executable, "-c", "\n".join(blocks)], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
