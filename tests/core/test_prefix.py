@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,8 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cppo.prefix import Layout, layout
-
-WORKER = Path(__file__).with_name("shard_worker.py")
+from gloo import run_workers
 
 
 def boundaries(lengths: Sequence[int]) -> Tensor:
@@ -115,36 +109,7 @@ def test_precision_of_long_prefix_sums() -> None:
     assert total[-1].item() == pytest.approx(16.384, abs=1e-5)
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
 @pytest.mark.parametrize("processes", [2, 3])
 def test_context_parallel_shards_equal_the_whole(processes: int) -> None:
     """gloo processes hold slices of the rows; each compares its slice with the unsharded result (shard_worker.py)."""
-    port = free_port()
-    workers = []
-    for rank in range(processes):
-        environment = {
-            **os.environ,
-            "RANK": str(rank),
-            "WORLD_SIZE": str(processes),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join([str(WORKER.parents[1]), *sys.path]),
-        }
-        command = [sys.executable, "-m", f"{WORKER.parent.name}.shard_worker"]
-        workers.append(
-            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        )
-    try:
-        outputs = [worker.communicate(timeout=120)[0] for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    for rank, (worker, output) in enumerate(zip(workers, outputs, strict=True)):
-        assert worker.returncode == 0, f"rank {rank}:\n{output}"
-        assert "all equal" in output
+    run_workers("core.shard_worker", processes)

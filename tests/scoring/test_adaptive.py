@@ -18,9 +18,9 @@ from cppo.rules.base import TrustRegion
 from cppo.scoring import adaptive
 from cppo.scoring.adaptive import PASSES, TOLERANCE, AdaptiveDivergence, adaptive_divergence, adaptive_for_rule
 from cppo.scoring.exact import Distributions, exact_divergence
+from gloo import run_workers
 
 from .adaptive_cases import Exact, Scored, scored
-from .processes import run_workers
 
 TV = {"divergence": "adaptive_tv"}
 #: Limits that bind: the lower and the upper end of the interval, taken for the TV, would both give other masks.
@@ -449,4 +449,4 @@ def test_from_hidden_states() -> None:
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_context_parallel_shards(processes: int) -> None:
-    run_workers("adaptive_worker", processes)
+    run_workers("scoring.adaptive_worker", processes)

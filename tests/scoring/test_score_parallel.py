@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from .processes import run_workers
+from gloo import run_workers
 
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_shards_equal_the_whole(processes: int) -> None:
-    run_workers("score_worker", processes)
+    run_workers("scoring.score_worker", processes)

@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from cppo.scoring import VocabShard, local_part, merge, parallel, score_ids, top_ids
+from gloo import run_workers
 
-from .processes import run_workers
 from .vocab_cases import CASES, Case, LargestTensor, assert_close, refused
 
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_split_vocabulary_equals_the_whole(processes: int) -> None:
     """gloo processes hold columns of the logits; each compares with the dense result (vocab_worker.py)."""
-    run_workers("vocab_worker", processes)
+    run_workers("scoring.vocab_worker", processes)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -18,7 +18,10 @@ def free_port() -> int:
 
 
 def run_workers(module: str, processes: int) -> None:
-    """Run ``module`` of this folder once a rank. Each must exit with 0 and print the same line "all equal ..."."""
+    """Run ``module`` (such as "core.shard_worker") once a rank.
+
+    Each must exit with 0 and print the same line "all equal ...".
+    """
     port = free_port()
     workers = []
     for rank in range(processes):
@@ -29,9 +32,9 @@ def run_workers(module: str, processes: int) -> None:
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
             "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join([str(FOLDER.parent), *sys.path]),
+            "PYTHONPATH": os.pathsep.join([str(FOLDER), *sys.path]),
         }
-        command = [sys.executable, "-m", f"{FOLDER.name}.{module}"]
+        command = [sys.executable, "-m", module]
         workers.append(
             subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         )
