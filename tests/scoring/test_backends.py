@@ -123,7 +123,7 @@ def test_the_choice_is_reported() -> None:
     if HAS_LCE:
         scores = score_tokens(hidden, head, ids, backend="linear_cross_entropy")
         assert scores.backend == "linear_cross_entropy"
-        assert scores.logsumexp is None and scores.entropy is None and scores.candidate_logp is None
+        assert scores.entropy is None and scores.candidate_logp is None and scores.top_ids is None
 
 
 @needs_lce
@@ -153,7 +153,9 @@ def test_linear_cross_entropy_equals_torch(
             arguments["bias"] = leaves[-1]
         scores = score_tokens(hidden, head, ids, backend=backend, **arguments)
         assert scores.logp.dtype == dtype and scores.logp.shape == lead
-        found.append([scores.logp.detach(), *torch.autograd.grad((scores.logp * weight).sum(), leaves)])
+        assert scores.logsumexp.shape == lead and not scores.logsumexp.requires_grad
+        gradients = torch.autograd.grad((scores.logp * weight).sum(), leaves)
+        found.append([scores.logp.detach(), scores.logsumexp, *gradients])
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance * max(1.0, ours.abs().max().item()))
 

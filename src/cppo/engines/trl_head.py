@@ -130,12 +130,12 @@ class Head:
         return cls(weight.to(dtype, copy=copy), bias, temperature, *logit_changes(model), dtype)
 
     def score(self, states: Tensor, tokens: Tensor, candidates: Tensor | None = None, top_k: int = 0) -> TokenScores:
-        """`score_tokens` with this head. A backend that tells the logsumexp is asked for by a candidate at least."""
+        """`score_tokens` with this head."""
         return score_tokens(
             states.to(self.dtype),
             self.weight,
             tokens,
-            tokens[:, None] if candidates is None else candidates,
+            candidates,
             temperature=self.temperature,
             bias=self.bias,
             softcap=self.softcap,
@@ -194,7 +194,7 @@ class Head:
         wanted = tokens[:, None] if ids is None else torch.cat([ids, tokens[:, None]], 1)
         if ids is not None and self.weight.shape[0] <= FULL_PRODUCT * wanted.shape[1]:
             scores = self.score(states, tokens, ids)
-            assert scores.candidate_logp is not None and scores.logsumexp is not None
+            assert scores.candidate_logp is not None
             return scores.candidate_logp.float(), scores.logsumexp.float()
         z = self.logits_at(states, wanted)
         logsumexp = z[:, -1] - logp

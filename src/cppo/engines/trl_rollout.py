@@ -111,7 +111,6 @@ class RolloutPass:
             for key, part in pack(store, ids, logp).items():
                 self._keep(chunk, key, part)
         if states:
-            assert scores.logsumexp is not None
             self._keep(chunk, LOGSUMEXP, spread(scores.logsumexp.float(), index, tokens.shape))
             # The head rounds its input to its own dtype: what is wider need not be kept.
             narrow = min(hidden.dtype, head.dtype, key=lambda kind: kind.itemsize)

@@ -87,8 +87,9 @@ def module(name: str) -> ModuleType:
 
 def linear_cross_entropy(
     hidden: Tensor, lm_head: Tensor, token_ids: Tensor, logits: LogitMap, bias: Tensor | None
-) -> Tensor:
-    """log pi(y) = -cross_entropy(h W^T s/T + b s/T, y) by PyTorch's chunked function, with gradient.
+) -> tuple[Tensor, Tensor]:
+    """log pi(y) = -cross_entropy(h W^T s/T + b s/T, y) by PyTorch's chunked function, with gradient; and without one
+    the logsumexp z_y/T - log pi(y), a dot product a token (NaN where a bias of -inf makes y impossible).
 
     Parameters
     ----------
@@ -107,7 +108,12 @@ def linear_cross_entropy(
         loss = torch.nn.functional.linear_cross_entropy(
             rows, lm_head, ids.masked_fill(outside, 0), linear_bias=bias, reduction="none", options=options
         )
-    return -loss.masked_fill(outside, torch.nan).reshape(token_ids.shape)
+        logp = -loss.masked_fill(outside, torch.nan)
+        with torch.no_grad():
+            sampled = ids.masked_fill(outside, 0)
+            z = torch.linalg.vecdot(rows, lm_head[sampled])
+            logsumexp = (z if bias is None else z + bias[sampled]) - logp
+    return logp.reshape(token_ids.shape), logsumexp.reshape(token_ids.shape)
 
 
 def _problem(

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 #: Rows and columns of a tile of logits. CPU: 8 MiB of float32, about what stays in the cache of two cores; of several
-#: shapes of this size the fastest, forward and backward (0.92 of the time of (512, 4096), two cores with AVX2).
+#: shapes of this size the fastest, forward and backward (0.9 of the time of (512, 4096), two cores with AVX2).
 #: Accelerators: 128 MiB, enough to fill one.
 CPU_TILE, DEVICE_TILE = (1024, 2048), (4096, 8192)
 

@@ -31,7 +31,7 @@ class TokenScores:
     ----------
     logp : log pi(y), ``[...]``; the only tensor with a gradient.
     candidate_logp : log pi at the candidates, ``[..., K]``; None without candidates.
-    logsumexp : log sum_v exp(z_v / T), ``[...]``. None from a backend that does not tell it.
+    logsumexp : log sum_v exp(z_v / T), ``[...]``.
     entropy : -sum_v pi log pi, nats, ``[...]``; None unless asked for.
     top_ids, top_logp : pi's own k likeliest tokens, likeliest first, int64 and float ``[..., k]``; None unless asked.
     backend : which one did it.
@@ -39,7 +39,7 @@ class TokenScores:
 
     logp: Tensor
     candidate_logp: Tensor | None
-    logsumexp: Tensor | None
+    logsumexp: Tensor
     entropy: Tensor | None
     top_ids: Tensor | None
     top_logp: Tensor | None
@@ -95,7 +95,7 @@ def score_tokens(
     logits_dtype : of the product h W^T. None: float32 (float64 for float64 inputs). bfloat16 and float16 are rounded to
         8 and 11 bits: at logits of about 20 a bfloat16 log-probability is off by up to 0.1, and a total variation that
         is 0 shows as 0.002 to 0.01. They save time on accelerators only.
-    backend : "torch", "triton", "linear_cross_entropy" (PyTorch's own, the sampled token's log-probability alone) or
+    backend : "torch", "triton", "linear_cross_entropy" (PyTorch's own; no candidates, entropy or top k) or
         "auto": see `cppo.scoring.backends`.
     shard : which rows of W these are; None: all of them.
     tile : (tokens, vocabulary columns) held at a time; None: by device.
@@ -117,8 +117,8 @@ def score_tokens(
     logp_only = candidate_ids is None and not want_top_k and not entropy
     chosen = backends.choose(backend, hidden, logits, bias, shard, logp_only)
     if chosen == "linear_cross_entropy":
-        logp = backends.linear_cross_entropy(hidden, lm_head, token_ids, logits, bias)
-        return TokenScores(logp, None, None, None, None, None, chosen)
+        logp, logsumexp = backends.linear_cross_entropy(hidden, lm_head, token_ids, logits, bias)
+        return TokenScores(logp, None, logsumexp, None, None, None, chosen)
     tokens = token_ids.numel()
     task = _Task(
         token_ids.reshape(tokens).long(),
