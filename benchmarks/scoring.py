@@ -63,6 +63,7 @@ class Comparison:
     timed: bool = True
 
 
+SHORT_TAILS = ("top-K TV, short tails", "adaptive TV, short tails")
 PLANS: dict[str, tuple[Comparison, ...]] = {
     "quick": (
         Comparison("float32", SMALL, 512, (*OURS, "naive", *OTHERS, LARGE_CHUNKS)),
@@ -77,6 +78,7 @@ PLANS: dict[str, tuple[Comparison, ...]] = {
         Comparison("float32", SMALL, 8192, ("ours", "naive"), timed=False),
         Comparison("float32", SMALL, 2048, (*OURS, "naive", *OTHERS, LARGE_CHUNKS)),
         Comparison("bfloat16", SMALL, 2048, ("ours", "ours, log-prob only", *NAIVE, *OTHERS)),
+        Comparison("float32", LARGE, 2048, SHORT_TAILS),
     ),
     "full": (
         *(Comparison("float32", vocabulary, 2048, (*OURS, "naive", *OTHERS, LARGE_CHUNKS)) for vocabulary in SIZES),
@@ -168,6 +170,8 @@ def compare(where: Comparison, repeats: int, threads: int) -> dict[str, Any]:
         row |= errors(first, METHODS[label].gives, truth)
         if "resolved" in first:
             row["resolved_fraction"] = first["resolved"]
+            row["tv_quantiles"] = {name: first[f"tv_{name}"] for name in ("p50", "p90", "p99")}
+            row["tail"] = first["tail"]
         rows[label] = row
     rows |= {label: {"gives": METHODS[label].gives, "left_out": reason} for label, reason in missing.items()}
     shape = {"dtype": where.dtype, "vocabulary": where.vocabulary, "tokens": where.tokens, "width": WIDTH}
@@ -278,6 +282,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="calls that are timed, of each")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--only", help="measure these comparisons (1,4,7) again and keep the others in --json")
     parser.add_argument("--only-docs", action="store_true", help="measure nothing: tables from the file of --json")
     options = parser.parse_args()
     result: dict[str, Any] = {}
@@ -290,23 +295,30 @@ def main() -> None:
     elif not options.only_docs:
         torch.set_num_threads(options.threads)
         load, slowdown = os.getloadavg()[0], bfloat16_slowdown()
-        result["cpu"] = {
-            "machine": machine(options.threads),
-            "plan": options.plan,
-            "repeats": options.repeats,
-            "load_before": load,
-            "bfloat16_product_over_float32": slowdown,
-            "bfloat16_logits": bfloat16_logits(),
-            "comparisons": [],
-        }
+        only = {int(number) for number in options.only.split(",")} if options.only else set()
+        if only and (result.get("cpu") or {}).get("plan") != options.plan:
+            parser.error(f"--only {options.only} needs a --json file with all of --plan {options.plan}.")
+        if not only:
+            result["cpu"] = {
+                "machine": machine(options.threads),
+                "plan": options.plan,
+                "repeats": options.repeats,
+                "load_before": load,
+                "bfloat16_product_over_float32": slowdown,
+                "bfloat16_logits": bfloat16_logits(),
+                "comparisons": [],
+            }
+        done: list[dict[str, Any]] = result["cpu"]["comparisons"]
         if load > 0.5:
             print(f"other programs keep {load:.1f} cores busy: times below are not to be trusted", file=sys.stderr)
         plan = divided(PLANS[options.plan], slowdown)
         for count, where in enumerate(plan, 1):
+            if only and count not in only:
+                continue
             shape = f"{where.dtype}, V = {where.vocabulary:,}, N = {where.tokens}"
             print(f"{count} of {len(plan)}: {shape}: {', '.join(where.methods)}", file=sys.stderr, flush=True)
             began = time.monotonic()
-            result["cpu"]["comparisons"].append(compare(where, options.repeats, options.threads))
+            done[count - 1 : count] = [compare(where, options.repeats, options.threads)]
             result["cpu"]["targets"] = targets(result["cpu"])
             if options.json:  # what is measured is kept, however this ends
                 write_json(options.json, result)

@@ -58,7 +58,7 @@ def main() -> None:
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     small = make_inputs(16, 64, width, dtype, method.rollout)
     run(method.make(small), small, method.backward)  # lazy imports and thread pools are not the method's
-    x = make_inputs(tokens, vocabulary, width, dtype, method.rollout)
+    x = make_inputs(tokens, vocabulary, width, dtype, method.rollout, lead=method.lead)
     call = method.make(x)
     libc = ctypes.CDLL(None)
     libc.malloc_trim(0)
