@@ -103,6 +103,13 @@ def test_recipes(invoke):
         (["evaluate", "steps=3"], ["expected a model first"]),
         (["evaluate", ".", "evaluation.samples=0"], ["evaluation.samples is 0"]),
         (["evaluate", ".", "--recipe", "arithmetik"], ["Did you mean 'arithmetic'?"]),
+        (["bound"], ["give --horizon T", "or --run RUN"]),
+        (["bound", "--horizon", "0"], ["horizon is 0, expected at least 1 token"]),
+        (["bound", "--horizon", "9", "--delta", "1.5"], ["delta is 1.5", "at most 1"]),
+        (["bound", "--horizon", "9", "--w-min", "0"], ["w_min is 0.0"]),
+        (["bound", "--horizon", "9", "--rule", "dpo"], ["no rule 'dpo'", "Did you mean 'dppo'?"]),
+        (["bound", "--horizon", "9", "--schedule", "stairs"], ["schedule is 'stairs'", "linear"]),
+        (["bound", "--run", "nowhere"], ["--run nowhere: there is no run"]),
         (["trian"], ["No such command 'trian'"]),
         (["train", "--bogus"], ["No such option"]),
     ],
@@ -112,6 +119,47 @@ def test_mistakes(invoke, arguments, words):
     assert done.exit_code == 2 and done.stdout == ""
     assert all(word in done.stderr for word in words), done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_bound_prints_every_rule_beside_the_uniform_one(invoke):
+    done = invoke("bound", "--horizon", "8192", "--delta", "0.15", "--delta-b", "0.02", "--w-min", "0.8", "--schedules")
+    assert done.exit_code == 0
+    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in done.stdout.splitlines() if "│" in line]
+    bounds = {(row[0], row[1]): row[3:] for row in rows if len(row) == 5}
+    assert bounds["dppo", "uniform (Sec. 3)"] == ["1,509,765", "1"]
+    assert bounds["cppo", "Theorem 1, Cor. 7"] == ["251,628", "0.1667"]
+    assert {rule for rule, _ in bounds} >= set(cppo.RULES)
+    conditions = {row[0]: row[1] for row in rows if len(row) == 2}
+    assert list(conditions.values()) == ["holds", "does not hold", "holds"]
+    assert {row[0] for row in rows if len(row) == 8} >= {"constant", "linear", "reversed"}
+
+
+def test_bound_as_json_and_for_one_rule(invoke):
+    done = invoke("bound", "--horizon", "64", "--delta-b", "0.14", "--rule", "cppo", "--rule", "dppo", "--json")
+    found = json.loads(done.stdout)
+    assert done.exit_code == 0 and {row["rule"] for row in found["constants"]} == {"cppo", "dppo"}
+    by_statement = {row["statement"]: row for row in found["constants"]}
+    # delta_b >= delta w_min: CPPO's constant is above the uniform rule's
+    ratio = by_statement["Theorem 1, Cor. 7"]["ratio"]
+    assert ratio == pytest.approx(0.14 / (0.15 * 0.8)) and ratio > 1
+    assert found["horizon"] == 64 and sorted(found["conditions"].values()) == [False, False, True]
+
+
+def test_bound_of_a_run(invoke):
+    Path("runs/one").mkdir(parents=True)
+    Path("runs/one/config.yaml").write_text("steps: 2\n")
+    assert "has no certificates" in invoke("bound", "--run", "runs/one").stderr
+    names = ("surrogate", "ratios", "improvement", "pathwise", "product", "prop4")
+    numbers = {f"{name}{end}": 0.25 for name in names for end in ("", "_low", "_high")}
+    row = {"responses": 32, "horizon": 40, "xi": 0.5, "divergence": "topk_tv", "certified": False, **numbers}
+    lines = [json.dumps({"step": step, **row}) for step in range(1, 41)]
+    Path("runs/one/certificates.jsonl").write_text("\n".join(lines) + "\n")
+    done = invoke("bound", "--run", "runs/one")
+    assert done.exit_code == 0 and "0.25 [0.25, 0.25]" in done.stdout
+    assert "In 40 of 40 steps" in done.stdout and "a lower bound of the exact divergence" in done.stdout
+    shown = [line for line in done.stdout.splitlines() if "[0.25, 0.25]" in line]
+    assert len(shown) <= 17 and shown[-1].split("│")[1].strip() == "40"
+    assert len(json.loads(invoke("bound", "--run", "runs/one", "--json").stdout)) == 40
 
 
 def test_missing_runs_name_the_newest_that_there_is(invoke):

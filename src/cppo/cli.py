@@ -1,4 +1,4 @@
-"""The program `cppo`: train, evaluate, launch, and list the rules and recipes.
+"""The program `cppo`: train, evaluate, bound, launch, and list the rules and recipes.
 
 What a user can put right is printed as a sentence on stderr and ends with status 2; Ctrl-C ends with 130. Training
 libraries are imported inside the commands, after the configuration has been validated.
@@ -307,6 +307,57 @@ def list_recipes() -> None:
         first = path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
         table.add_row(key, escape(first), escape(str(path)))
     Console(highlight=False).print(table)
+
+
+@app.command()
+@_sentences
+def bound(
+    horizon: Annotated[int | None, typer.Option("--horizon", help="T: tokens of the longest response.")] = None,
+    delta: Annotated[float, typer.Option("--delta", help="Token limit on the total variation.")] = 0.15,
+    delta_b: Annotated[float, typer.Option("--delta-b", help="Prefix budget a token.")] = 0.02,
+    w_min: Annotated[float, typer.Option("--w-min", help="The smallest weight.")] = 0.8,
+    schedule: Annotated[
+        str, typer.Option("--schedule", help="linear, constant, cosine, reversed or matched.")
+    ] = "linear",
+    xi: Annotated[float, typer.Option("--xi", help="Half of the reward's range.")] = 0.5,
+    rule: Annotated[
+        list[str] | None, typer.Option("--rule", help="Only this rule (can be given several times).")
+    ] = None,
+    schedules: Annotated[bool, typer.Option("--schedules", help="Compare the weight schedules, too.")] = False,
+    run: Annotated[
+        Path | None, typer.Option("--run", metavar="RUN", help="Instead: the empirical certificates of a run.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """How far the surrogate can be off: the constants of all rules, or the certificates of a run.
+
+    cppo bound --horizon 8192 --delta 0.15 --delta-b 0.02 --w-min 0.8
+
+    cppo bound --run runs/arithmetic-cppo-001
+    """
+    from cppo import cli_bound, theory
+
+    console = Console(highlight=False)
+    if run is not None:
+        rows = cli_bound.certificates_of(run)
+        if as_json:
+            typer.echo(json.dumps(rows, indent=2))
+        else:
+            console.print(cli_bound.certificate_table(run, rows))
+        return
+    if horizon is None:
+        raise UserError("give --horizon T, the tokens of the longest response (such as 8192), or --run RUN.")
+    for name in rule or ():
+        rule_class(name)  # an unknown name is an error that lists the rules
+    settings = {"horizon": horizon, "delta": delta, "delta_b": delta_b, "w_min": w_min, "xi": xi, "schedule": schedule}
+    constants = theory.constants(horizon, delta, delta_b, w_min, xi=xi, schedule=schedule)
+    constants = [row for row in constants if not rule or row.rule in rule]
+    found = cli_bound.conditions(horizon, delta, delta_b, w_min, schedule)
+    costs = theory.compare_schedules(horizon, delta, delta_b, w_min=w_min, xi=xi) if schedules else []
+    if as_json:
+        typer.echo(json.dumps(cli_bound.constants_as_json(settings, constants, found, costs), indent=2))
+    else:
+        console.print(cli_bound.constants_table(settings, constants, found, costs))
 
 
 launch = typer.Typer(help="Start a run with an engine for clusters.", no_args_is_help=True)

@@ -16,6 +16,7 @@ import torch
 import cppo
 from cppo.engines import trl_head
 from cppo.engines.trl import TrustRegionTrainer
+from cppo.engines.trl_rewards import BASELINE, GROUP, REWARD
 
 from .trl_setup import (
     NEED_DIVERGENCE,
@@ -23,6 +24,7 @@ from .trl_setup import (
     assert_contract,
     dataset,
     gradients,
+    length_reward,
     log_softmax,
     make,
     mixed_reward,
@@ -198,6 +200,24 @@ def test_kl_term_has_the_same_denominator(tmp_path: Any) -> None:
     want = ((loss + 0.3 * kl) * mask).sum() / (int(kept.sum()) * run.max_completion_length)
     assert run.beta == 0.3
     torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-7)
+
+
+def test_rewards_travel_along() -> None:
+    """Through TRL's shuffling and splitting: each response has its own reward, its group's others' mean, its prompt."""
+    run = trainer(make("cppo", "binary_tv"))
+    rollout_and_drift(run)
+    prompts: dict[int, set[str]] = {}
+    rows = 0
+    for inputs in run._buffered_inputs:
+        texts = run.processing_class.batch_decode(inputs["completion_ids"], skip_special_tokens=True)
+        assert inputs[REWARD].tolist() == length_reward(texts)
+        # scale_rewards="none": A = R - mean of the group, of 4, which includes the response itself
+        own = (inputs[REWARD] - inputs[BASELINE]) * 3 / 4
+        torch.testing.assert_close(own, inputs["advantages"].reshape(own.shape), rtol=1e-5, atol=1e-6)
+        for group, prompt in zip(inputs[GROUP].tolist(), inputs["prompt_ids"].tolist(), strict=True):
+            prompts.setdefault(group, set()).add(str(prompt))
+        rows += len(texts)
+    assert len(prompts) == rows // 4 and all(len(found) == 1 for found in prompts.values())
 
 
 def test_filter_can_be_switched_off() -> None:

@@ -9,6 +9,7 @@ import torch
 import yaml
 
 import cppo
+from cppo.engines.trl_rewards import attach_rewards
 from cppo.training.files import atomic_write_json, atomic_write_text
 from cppo.training.recorder import RunRecorder, append_metrics
 
@@ -44,6 +45,7 @@ def minibatch(
         "completion_ids": ids,
         "completion_mask": mask.long(),
     }
+    attach_rewards(inputs, torch.rand(rows, 1, generator=generator), torch.ones(1), rows // 4 or 1, 0)
     return cppo.TokenBatch(policy, rollout, advantages, mask), inputs
 
 
@@ -77,7 +79,8 @@ def write_run(folder: Path, steps: int = 60, updates: int = 8, name: str = "cppo
     config = {"model": model, "task": "arithmetic", "rule": parameters, "seed": 7}
     atomic_write_text(folder / "config.yaml", yaml.safe_dump(config))
     atomic_write_json(folder / "versions.json", {"python": "3.12.3", "torch": torch.__version__, "cppo": "0.1.0"})
-    recorder, judge = RunRecorder(folder, CharTokenizer(), every=10, count=3, updates=updates), rule(name)
+    judge = rule(name)
+    recorder = RunRecorder(folder, CharTokenizer(), 10, 3, updates, judge.divergence)
     for step in range(steps + 1):
         if evaluate and (step in (0, steps) or step % 20 == 0):
             samples = 16 if step in (0, steps) else 4

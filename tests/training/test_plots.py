@@ -12,11 +12,12 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from cppo.training import plots
+from cppo.training.certificates import read_certificates
 from cppo.training.files import atomic_write_text, read_jsonl
 from cppo.training.recorder import append_metrics
 from cppo.training.summary import best_evaluation, write_summary
 
-NAMES = ["reward.png", "avg.png", "masked.png", "divergence.png"]
+NAMES = ["reward.png", "avg.png", "masked.png", "divergence.png", "certificate.png"]
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +61,10 @@ def test_plots_say_what_one_sees(run: Path) -> None:
     divergence = texts(plots.draw_divergence(positions))
     assert "steps 1-5: mean of the top 10%" in divergence and "steps 20-24: mean" in divergence
     assert "update 4 of a batch" in divergence
+    certificates = texts(plots.draw_certificate(read_certificates(run)))
+    assert (
+        "How far the surrogate can be trusted" in certificates and "bound of its error, from the ratios" in certificates
+    )
     right = plots.draw_masked(rows).axes[1]
     assert {round(bar.get_x() + bar.get_width() / 2) for bar in right.patches} == {1, 2, 3, 4}
 
@@ -78,6 +83,7 @@ def test_missing_data_is_said(tmp_path: Path) -> None:
     assert "No evaluation" in texts(plots.draw_avg([]))
     assert "No training update" in texts(plots.draw_masked([]))
     assert "No divergence yet" in texts(plots.draw_divergence([]))
+    assert "No certificate" in texts(plots.draw_certificate([]))
     train = {"step": 1, "update": 0, "kind": "train", "reward": None, "trust/masked_fraction": 0.0}
     assert "No token was held back in any update" in texts(plots.draw_masked([train]))
     assert "the rule measures none" in texts(

@@ -11,9 +11,11 @@ import synthetic
 import torch
 
 import cppo
+from cppo.training import files
 from cppo.training import recorder as recording
 from cppo.training.files import read_jsonl
-from cppo.training.recorder import RunRecorder, append_metrics, by_position, read_metrics, samples_path
+from cppo.training.positions import MAX_BUCKETS, by_position
+from cppo.training.recorder import RunRecorder, append_metrics, read_metrics, samples_path
 from cppo.training.samples import read_samples
 
 
@@ -40,7 +42,7 @@ def test_by_position_equals_a_loop() -> None:
         held = (torch.rand(3000, generator=generator) < 0.1).double()
         scores[5] = float("nan")
         row = by_position(positions, scores, held)
-        assert row["width"] == width and len(row["count"]) == -(-longest // width) <= recording.MAX_BUCKETS
+        assert row["width"] == width and len(row["count"]) == -(-longest // width) <= MAX_BUCKETS
         for bucket in range(len(row["count"])):
             inside = (positions // width == bucket).tolist()
             values = [v for v, at in zip(scores.tolist(), inside, strict=True) if at]
@@ -168,7 +170,7 @@ def test_resume_writes_the_same_bytes(tmp_path: Path) -> None:
     synthetic.observe_step(record, synthetic.rule(), 6, 1)  # killed in step 6; the last checkpoint is of step 3
     record = recorder(tmp_path / "b", every=2)
     record.truncate_after(3)
-    recording.files.truncate_after(tmp_path / "b" / "metrics.jsonl", 3)
+    files.truncate_after(tmp_path / "b" / "metrics.jsonl", 3)
     assert sorted(p.name for p in (tmp_path / "b" / "samples").iterdir()) == ["step-000002.jsonl"]
     run(tmp_path / "b", 4, 6, record)
     names = ["metrics.jsonl", "positions.jsonl", *(f"samples/step-00000{step}.jsonl" for step in (2, 4, 6))]

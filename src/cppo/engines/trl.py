@@ -5,8 +5,8 @@
 * The seam is TRL's public `get_off_policy_mask`: called once a loss, its result m multiplies the per-token loss -rho A.
   We return m = c / rho with TRL's own rho, so that the loss is -c A in value and -c A grad log pi in gradient, whatever
   the rule.
-* Three more methods are wrapped: they call TRL's own and add tensors (what a divergence needs of mu, the zero-spread
-  filter, hidden states).
+* Four more methods are wrapped: they call TRL's own and add tensors (what a divergence needs of mu, the zero-spread
+  filter, hidden states, rewards).
 * Every setting that would silently disable or alter the rule is refused (`trl_settings`); a TRL that moved is an error.
 
 Left out: AsyncGRPO (it has a loss of its own), context parallelism (TRL's GRPO has none). In
@@ -31,6 +31,7 @@ from cppo.engines.trl_config import trust_region_config
 from cppo.engines.trl_divergence import HeadDivergence
 from cppo.engines.trl_filter import ROW_SCALE, drop_zero_spread
 from cppo.engines.trl_head import causal_lm, logit_changes
+from cppo.engines.trl_rewards import attach_rewards
 from cppo.engines.trl_settings import TopK, generation_problems, needs_head, problems
 from cppo.objective import metrics
 from cppo.rules import CPPO, TrustRegion, Verdict
@@ -125,6 +126,7 @@ class TrustRegionTrainer(GRPOTrainer):
         self._trust_loss: _LossPass | None = None
         self._trust_checked = self._trust_warned = False
         self._trust_generated_at = 0
+        self._trust_rewards: Tensor | None = None
 
     # -- the seam -----------------------------------------------------------------------------------------------
 
@@ -220,6 +222,10 @@ class TrustRegionTrainer(GRPOTrainer):
         tokens, mask = input_ids[:, -logits_to_keep:], attention_mask[:, -logits_to_keep:]
         return self._trust_divergence.listen(forward, self._trust_policy(), tokens, mask, in_loss)
 
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
+        self._trust_rewards = super()._calculate_rewards(*args, **kwargs)
+        return self._trust_rewards
+
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         if not self.model.training:
             return super()._generate_and_score_completions(inputs)
@@ -246,8 +252,12 @@ class TrustRegionTrainer(GRPOTrainer):
             loss_tokens = (output["completion_mask"] * output.get("tool_mask", 1)) != 0
             missing = output["sampling_per_token_logps"].isnan() & loss_tokens
             self._trust_log_share("trust/unscored_fraction", missing.sum(), loss_tokens.sum())
+        rank, gather = self.accelerator.process_index, self.accelerator.gather
+        rewards, self._trust_rewards = self._trust_rewards, None
+        if rewards is None:
+            raise _moved("_calculate_rewards was not called for a rollout batch")
+        attach_rewards(output, rewards, self.reward_weights.to(rewards.device), self.num_generations, rank)
         if self._trust_filtered:
-            rank, gather = self.accelerator.process_index, self.accelerator.gather
             share = drop_zero_spread(output, self.num_generations, self.loss_type, rank, gather)
             self._metrics["train"]["trust/zero_spread_fraction"].append(share)
             if share == 1 and not self._trust_warned:

@@ -1,6 +1,6 @@
-"""PNG plots of a run folder: reward, Avg@k, held-back tokens by reason, divergence by position.
+"""PNG plots of a run folder: reward, Avg@k, held-back tokens by reason, divergence by position, certificates.
 
-Everything comes from metrics.jsonl and positions.jsonl, so plots can be made again at any time (also while the run goes
+Everything comes from its .jsonl files, so plots can be made again at any time (also while the run goes
 on). What is missing is said in the picture. Colours are Okabe and Ito's (safe for colour-blind readers), and no two
 lines differ in colour alone. Left out: interactive figures; study/ has the figures that compare runs.
 """
@@ -20,6 +20,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, PercentFormatter
 
+from cppo.training.certificates import read_certificates
 from cppo.training.files import atomic_write_bytes, read_jsonl
 
 Row = Mapping[str, Any]
@@ -49,11 +50,13 @@ def write_plots(folder: str | Path) -> list[Path]:
     root = Path(folder)
     rows = read_jsonl(root / "metrics.jsonl")
     positions = read_jsonl(root / "positions.jsonl")
+    certificates = read_certificates(root)
     drawings: dict[str, Callable[[], Figure]] = {
         "reward": lambda: draw_reward(rows),
         "avg": lambda: draw_avg(rows),
         "masked": lambda: draw_masked(rows),
         "divergence": lambda: draw_divergence(positions),
+        "certificate": lambda: draw_certificate(certificates),
     }
     return [_save(draw(), root / "plots" / f"{name}.png") for name, draw in drawings.items()]
 
@@ -397,4 +400,38 @@ def draw_divergence(positions: Sequence[Row]) -> Figure:
     ax.legend(frameon=False, fontsize=8.5, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.16), handlelength=4)
     _integers(ax)
     ax.set_xlim(left=1 - 0.01 * (ax.get_xlim()[1] - 1))
+    return figure
+
+
+def draw_certificate(certificates: Sequence[Row]) -> Figure:
+    """The surrogate's gain and the bounds of its error, after every rollout batch, with their intervals."""
+    figure, (ax,) = _figure()
+    _title(ax, "How far the surrogate can be trusted")
+    if not certificates:
+        _say(ax, "No certificate yet: no training step has ended.")
+        return figure
+    steps = [int(row["step"]) for row in certificates]
+    lines = (
+        ("surrogate", "gain that the surrogate promises, $L'$", BLUE, "o"),
+        ("ratios", "bound of its error, from the ratios", RED, "s"),
+        ("pathwise", "bound of its error, from the divergences", PURPLE, "D"),
+        ("product", "product form of Prop. 4", ORANGE, "^"),
+    )
+    for name, label, colour, marker in lines:
+        values, low, high = (
+            [np.nan if row.get(f"{name}{end}") is None else float(row[f"{name}{end}"]) for row in certificates]
+            for end in ("", "_low", "_high")
+        )
+        if np.isnan(values).all():
+            continue  # the rule measures no divergence
+        every = max(1, len(steps) // 12)
+        ax.plot(steps, values, color=colour, marker=marker, markevery=every, markersize=4, linewidth=1.6, label=label)
+        ax.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
+    ax.axhline(0, color=GREY, linewidth=0.8)
+    ax.set_yscale("symlog", linthresh=0.01)
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.set_xlabel("step (last update of each rollout batch; bands: 95% by bootstrap over prompts)")
+    ax.set_ylabel("units of the reward")
+    ax.legend(frameon=False, fontsize=8.5, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.16), handlelength=4)
+    _integers(ax)
     return figure

@@ -1,8 +1,8 @@
 """What the trust region did, token by token: the observer that fills a run folder.
 
 * `RunRecorder` is the TRL engine's observer. A rollout batch (one *step*) gives one row of `positions.jsonl`
-  (divergence by position, and which reasons held tokens back) and, on every `every`-th step,
-  `samples/step-000010.jsonl` with a few responses and the reason, divergence and ratio of each of their tokens.
+  (divergence by position, and which reasons held tokens back), one of `certificates.jsonl` and, on every `every`-th
+  step, `samples/step-000010.jsonl` with a few responses and the reason, divergence and ratio of each of their tokens.
 * `append_metrics` / `read_metrics` are `metrics.jsonl`.
 
 What lies in these files is a function of the training alone: no wall clock, no random choice, numbers in fixed
@@ -12,7 +12,6 @@ Schemas: docs/runs.md.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,13 +20,14 @@ import torch
 from torch import Tensor
 
 from cppo import Reason, TokenBatch, Verdict
+from cppo.engines.trl_rewards import BASELINE, GROUP, REWARD
 from cppo.training import files
+from cppo.training.certificates import CERTIFICATES_FILE, certificate_row
+from cppo.training.positions import by_position, rounded
 
 METRICS_FILE = "metrics.jsonl"
 POSITIONS_FILE = "positions.jsonl"
 SAMPLES_FOLDER = "samples"
-MAX_BUCKETS = 128
-TAIL_SHARE = 0.1
 
 # reasons that change the token's gradient; `towards` exceeds a limit and is kept all the same
 HELD_BACK = (Reason.TOKEN_LIMIT, Reason.PREFIX_BUDGET, Reason.SEQUENCE_LIMIT, Reason.RATIO_CLIP)
@@ -72,8 +72,9 @@ def samples_path(folder: str | Path, step: int) -> Path:
 
 
 def truncate_records(folder: str | Path, step: int) -> None:
-    """Cut positions.jsonl and samples/ back to `step` (resume from the checkpoint of `step`)."""
-    files.truncate_after(Path(folder) / POSITIONS_FILE, step)
+    """Cut positions.jsonl, certificates.jsonl and samples/ back to `step` (resume from the checkpoint of `step`)."""
+    for name in (POSITIONS_FILE, CERTIFICATES_FILE):
+        files.truncate_after(Path(folder) / name, step)
     for path in (Path(folder) / SAMPLES_FOLDER).glob("step-*.jsonl"):
         number = path.stem.removeprefix("step-")
         if number.isdigit() and int(number) > step:
@@ -96,7 +97,7 @@ class _Call:
         self.reason = verdict.reason
         self.delta_b = verdict.delta_b
         self.budget_used = verdict.budget_used
-        names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+        names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", REWARD, BASELINE, GROUP)
         self.inputs = {name: inputs[name] for name in names if inputs.get(name) is not None}
 
 
@@ -105,19 +106,30 @@ class RunRecorder:
 
     folder: the run folder.  tokenizer: decodes prompts and tokens.  every: sample responses on every `every`-th step
     and on the last (0: never).  count: responses a sampled step.  updates: optimizer updates a rollout batch (M).
+    divergence: the name of the rule's divergence, None: it measures none (for certificates.jsonl).
 
     Divergence by position is that of the *last* update, where the policy has moved furthest from the rollout policy.
     With several processes each sees its own rows; give the recorder to the main process alone.
     """
 
-    def __init__(self, folder: str | Path, tokenizer: Decoder, every: int = 10, count: int = 4, updates: int = 1):
+    def __init__(
+        self,
+        folder: str | Path,
+        tokenizer: Decoder,
+        every: int = 10,
+        count: int = 4,
+        updates: int = 1,
+        divergence: str | None = None,
+    ):
         if every < 0 or count < 0 or updates < 1:
             raise ValueError(
                 f"Got every={every}, count={count}, updates={updates}; set every >= 0 (0: no samples), count >= 0 and "
                 "updates >= 1."
             )
         self.folder = Path(folder)
-        self.every, self.count, self.updates = every, count, updates
+        self.every, self.count, self.updates, self.divergence = every, count, updates, divergence
+        #: of the step that ended last: its surrogate gain and the bound of its error, for metrics.jsonl
+        self.figures: dict[str, float | None] = {}
         self._pieces = _Pieces(tokenizer)
         self._forget()
 
@@ -141,14 +153,22 @@ class RunRecorder:
 
         Nothing is written for a step in which nothing was observed.  Raises: files.DiskFullError.
         """
+        self.figures = {}
         if self._calls:
             files.append_jsonl(self.folder / POSITIONS_FILE, self._positions(step))
+            self._certify(step)
             due = self.every > 0 and (step % self.every == 0 or last)
             if due and self.count:
                 rows = self._samples(step)
                 text = "".join(files.dumps(row) + "\n" for row in rows)
                 files.atomic_write_text(samples_path(self.folder, step), text)
         self._forget()
+
+    def _certify(self, step: int) -> None:
+        row = certificate_row(self._calls, self.divergence)
+        if row is not None:
+            files.append_jsonl(self.folder / CERTIFICATES_FILE, {"step": step, "update": self._update} | row)
+            self.figures = {"trust/surrogate_gain": row["surrogate"], "trust/residual_bound": row["ratios"]}
 
     def truncate_after(self, step: int) -> None:
         """Forget everything after `step`, in the files and in memory (resume from the checkpoint of `step`)."""
@@ -237,45 +257,6 @@ class RunRecorder:
             "rollout_logp": numbers(call.rollout_logp),
             "advantages": numbers(call.advantages),
         }
-
-
-def rounded(value: float, digits: int = 6) -> float | None:
-    """`value` to `digits` significant digits (a third of the bytes in a file); None for NaN and infinity."""
-    return float(f"{value:.{digits}g}") if math.isfinite(value) else None
-
-
-def by_position(positions: Tensor, divergence: Tensor | None, held: Tensor) -> dict[str, Any]:
-    """Means by position, in at most 128 buckets whose width is the smallest power of two that suffices.
-
-    positions [n] int, 0-based among the loss tokens of a response; divergence [n] or None; held [n] 0/1.  Gives "width"
-    (positions a bucket: bucket i holds positions i*width+1 ... (i+1)*width, 1-based) and a list a bucket: "count"
-    (tokens), "held_back" (tokens), and, with a divergence, "sum", "mean" and "tail_mean", the mean of the largest
-    ceil(count / 10) values.  NaN values are left out of the three. Empty buckets hold null.
-    """
-    longest = int(positions.max()) + 1 if positions.numel() else 0
-    width = 1
-    while longest > MAX_BUCKETS * width:
-        width *= 2
-    buckets = -(-longest // width)
-    index = positions // width
-    result: dict[str, Any] = {
-        "width": width,
-        "count": torch.bincount(index, minlength=buckets).tolist(),
-        "held_back": [int(n) for n in torch.bincount(index, weights=held, minlength=buckets).tolist()],
-    }
-    if divergence is not None:
-        usable = divergence.isfinite()
-        order = divergence[usable].argsort(descending=True, stable=True)
-        by_bucket = index[usable][order].argsort(stable=True)  # grouped by bucket, largest first inside each
-        values = divergence[usable][order][by_bucket]
-        counts: Sequence[int] = torch.bincount(index[usable], minlength=buckets).tolist()
-        parts = values.split(list(counts))
-        result["sum"] = [rounded(float(part.sum()), 9) for part in parts]
-        result["mean"] = [rounded(float(part.mean()), 9) if len(part) else None for part in parts]
-        result["tail_mean"] = [
-            rounded(float(part[: math.ceil(TAIL_SHARE * len(part))].mean()), 9) if len(part) else None for part in parts
-        ]
-    return result
 
 
 class _Pieces:

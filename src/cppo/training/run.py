@@ -183,7 +183,11 @@ class Run:
         rows = [i % len(examples) for i in range(config.steps * config.rollout.prompts)]
         kwargs = trl_config_kwargs(config, str(self.checkpoints.saving), PartialState().num_processes)
         kwargs.setdefault("run_name", self.folder.name)  # in trackers
-        recorder = RunRecorder(self.folder, tokenizer, config.samples.every, config.samples.count, config.updates)
+        rule = config.make_rule()
+        samples = config.samples
+        recorder = RunRecorder(
+            self.folder, tokenizer, samples.every, samples.count, config.updates, getattr(rule, "divergence", None)
+        )
         guard = NonFiniteGuard(self.checkpoints)
         guard.restore([row.get("skipped_nonfinite", 0) for row in read_metrics(self.folder, "train")])
         trainer = TrustRegionTrainer(
@@ -192,7 +196,7 @@ class Run:
             args=trust_region_config(**kwargs),
             train_dataset=Dataset.from_list([{"prompt": examples[i].prompt, "index": i} for i in rows]),
             processing_class=tokenizer,
-            rule=config.make_rule(),
+            rule=rule,
             top_k=config.top_k,
             topk_variant=config.topk_variant,
             topk_anchor=config.topk_anchor,

@@ -74,6 +74,8 @@ class StepCallback(TrainerCallback):
             row["skipped_nonfinite"] = 1
         updates = self.run.config.updates
         step = -(-state.global_step // updates)
+        if state.global_step % updates == 0:
+            row |= self.recorder.figures
         self.run.log(step=step, update=state.global_step, kind="train", **row)
         if row.get("frac_reward_zero_std") == 1 and not self.told_all_equal:
             self.told_all_equal = True

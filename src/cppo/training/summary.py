@@ -198,6 +198,11 @@ def _trust(rows: Sequence[Row]) -> str:
     stored = mean("trust/divergence_bytes_per_token")
     if stored is not None:
         lines.append(("bytes a token that the divergence keeps of the rollout policy", number(stored)))
+    gain, bound = mean("trust/surrogate_gain"), mean("trust/residual_bound")
+    if gain is not None:
+        lines.append(
+            ("last update of a batch: gain of the surrogate / bound of its error", f"{number(gain)} / {number(bound)}")
+        )
     used = mean("trust/budget_used")
     if used is not None:
         lines.append(("prefix budget used at the end of a response", share(used)))
@@ -260,7 +265,8 @@ def _where(root: Path, rows: Sequence[Row]) -> str:
         ("samples/", "sampled responses with the reason of each token"),
         ("metrics.jsonl", "every update and evaluation, one JSON object a line"),
         ("positions.jsonl", "divergence by position in the response"),
-        ("plots/", "reward, Avg@k, held-back tokens, divergence by position"),
+        ("certificates.jsonl", "how large the surrogate's error can be: `cppo bound --run` shows it"),
+        ("plots/", "reward, Avg@k, held-back tokens, divergence by position, certificates"),
         ("config.yaml", "the resolved configuration: `cppo train config.yaml` repeats the run"),
     )
     lines = [f"- `{name}`: {text}" for name, text in known if (root / name).exists() or name == "plots/"]
