@@ -16,7 +16,7 @@ import torch
 import cppo
 from cppo.engines import trl_head
 from cppo.engines.trl import TrustRegionTrainer
-from cppo.engines.trl_rewards import BASELINE, GROUP, REWARD
+from cppo.engines.trl_rewards import BASELINE, GROUP, REWARD, TOKENS
 
 from .trl_setup import (
     NEED_DIVERGENCE,
@@ -205,12 +205,14 @@ def test_kl_term_has_the_same_denominator(tmp_path: Any) -> None:
 def test_rewards_travel_along() -> None:
     """Through TRL's shuffling and splitting: each response has its own reward, its group's others' mean, its prompt."""
     run = trainer(make("cppo", "binary_tv"))
+    assert run._trust_filtered
     rollout_and_drift(run)
     prompts: dict[int, set[str]] = {}
     rows = 0
     for inputs in run._buffered_inputs:
         texts = run.processing_class.batch_decode(inputs["completion_ids"], skip_special_tokens=True)
         assert inputs[REWARD].tolist() == length_reward(texts)
+        assert inputs[TOKENS].equal(inputs["completion_mask"].bool())  # whatever the filter did to tool_mask
         # scale_rewards="none": A = R - mean of the group, of 4, which includes the response itself
         own = (inputs[REWARD] - inputs[BASELINE]) * 3 / 4
         torch.testing.assert_close(own, inputs["advantages"].reshape(own.shape), rtol=1e-5, atol=1e-6)

@@ -12,7 +12,7 @@ import synthetic
 import torch
 
 import cppo
-from cppo.engines.trl_rewards import BASELINE, GROUP, REWARD, attach_rewards
+from cppo.engines.trl_rewards import BASELINE, GROUP, REWARD, TOKENS, attach_rewards
 from cppo.theory import certificate
 from cppo.training.certificates import certificate_row, read_certificates
 from cppo.training.recorder import RunRecorder
@@ -26,6 +26,7 @@ def seen(
     mask = batch.loss_mask.clone()
     if holes:
         mask[:, 4:6] = False
+    inputs[TOKENS] = inputs[TOKENS] & mask
     return cppo.TokenBatch(batch.policy_logp, batch.rollout_logp, batch.advantages, mask), inputs
 
 
@@ -67,31 +68,43 @@ def test_micro_batches_and_padding_change_nothing(tmp_path: Path) -> None:
     for rows, pad in ((slice(0, 5), 3), (slice(5, 12), 0)):
         wide = [torch.nn.functional.pad(x[rows], (0, pad)) for x in (batch.policy_logp, batch.rollout_logp, batch.mask)]
         part = cppo.TokenBatch(wide[0], wide[1], batch.advantages[rows], wide[2])
-        split(part, judge(part), {name: value[rows] for name, value in inputs.items()}, 0)
+        own = {name: value[rows] for name, value in inputs.items()}
+        own[TOKENS] = torch.nn.functional.pad(own[TOKENS], (0, pad))
+        split(part, judge(part), own, 0)
     for observer in (whole, split):
         observer.end_of_step(1)
     (a,), (b,) = read_certificates(tmp_path / "whole"), read_certificates(tmp_path / "split")
     assert a == b
 
 
-def test_responses_without_loss_tokens_or_score_are_left_out(tmp_path: Path) -> None:
-    """The zero-spread filter takes all loss tokens of a group; they are no responses without divergence."""
+def test_groups_without_spread_count_for_the_gain_alone(tmp_path: Path) -> None:
+    """The zero-spread filter takes their loss tokens: L' and the ratios are over all responses, D_t over the others. A
+    response that no reward function scored is left out of both.
+    """
     judge = synthetic.rule()
     batch, inputs = seen(holes=False)
     mask = batch.loss_mask.clone()
     mask[3:6] = False
     inputs[REWARD] = inputs[REWARD].clone()
     inputs[REWARD][0] = math.nan
-    kept = torch.tensor([1, 2, *range(6, 12)])
-    dropped = cppo.TokenBatch(batch.policy_logp, batch.rollout_logp, batch.advantages, mask)
-    rest = cppo.TokenBatch(batch.policy_logp[kept], batch.rollout_logp[kept], batch.advantages[kept], mask[kept])
-    one, other = record(tmp_path / "one"), record(tmp_path / "other")
-    one(dropped, judge(dropped), inputs, 0)
-    other(rest, judge(rest), {name: value[kept] for name, value in inputs.items()}, 0)
-    for observer in (one, other):
-        observer.end_of_step(1)
-    (a,), (b,) = read_certificates(tmp_path / "one"), read_certificates(tmp_path / "other")
-    assert a == b and a["responses"] == 8 and a["groups"] == 3
+    filtered = cppo.TokenBatch(batch.policy_logp, batch.rollout_logp, batch.advantages, mask)
+    verdict = judge(filtered)
+    observer = record(tmp_path)
+    observer(filtered, verdict, inputs, 0)
+    observer.end_of_step(1)
+    (row,) = read_certificates(tmp_path)
+    R, log_ratio = inputs[REWARD] - inputs[BASELINE], batch.policy_logp - batch.rollout_logp
+    assert verdict.divergence is not None
+    for rows, names in (
+        (torch.arange(1, 12), ("surrogate", "ratios", "improvement_low", "responses", "tokens")),
+        (torch.tensor([1, 2, *range(6, 12)]), ("pathwise", "prop4_high", "product")),
+    ):
+        tokens = (batch.loss_mask if len(rows) == 11 else mask)[rows]
+        D = verdict.divergence[rows] if len(rows) == 8 else None
+        found = certificate(D, log_ratio[rows], tokens, R[rows], xi=0.5, groups=inputs[GROUP][rows])
+        for name in names:
+            assert row[name] == pytest.approx(found.figures()[name], rel=1e-5), name
+    assert row["responses"] == 11 and row["scored_responses"] == 8
 
 
 def test_kl_becomes_tv_by_pinsker_and_rewards_widen_xi() -> None:

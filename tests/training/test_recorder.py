@@ -89,7 +89,10 @@ def test_micro_batches_and_padding_change_nothing(tmp_path: Path) -> None:
     for rows in (slice(0, 3), slice(3, 8)):
         pad = [torch.nn.functional.pad(x[rows], (0, 5)) for x in (batch.policy_logp, batch.rollout_logp, batch.mask)]
         part = cppo.TokenBatch(pad[0], pad[1], batch.advantages[rows, None], pad[2])
-        padded = {k: torch.nn.functional.pad(v[rows], (0, 5 if "completion" in k else 0)) for k, v in inputs.items()}
+        padded = {
+            k: torch.nn.functional.pad(v[rows], (0, 5 if "completion" in k or k == "trust_tokens" else 0))
+            for k, v in inputs.items()
+        }
         split(part, judge(part), padded, 1)
     for record in (whole, split):
         record.end_of_step(4)

@@ -1,8 +1,10 @@
 """certificates.jsonl: after every rollout batch, how large the surrogate's error can be (`cppo.theory.certificate`).
 
 Of the responses of the batch's last update, where pi has moved furthest from mu, by updates on other responses: given
-pi, these are fresh rollouts of mu. Groups that the zero-spread filter has left out are not among them. Rows are a
-function of the training alone. Schema: docs/runs.md.
+pi, these are fresh rollouts of mu. L' and the bound from ratios are over all of them, also those that the zero-spread
+filter took out of the loss: groups that were selected by their rewards would give too large a gain. D_t is measured for
+loss tokens only, so the bounds from divergences are over the other responses. Rows are a function of the training
+alone. Schema: docs/runs.md.
 """
 
 from __future__ import annotations
@@ -14,8 +16,8 @@ from typing import Any, Protocol
 import numpy as np
 from torch import Tensor
 
-from cppo.engines.trl_rewards import BASELINE, GROUP, REWARD
-from cppo.theory import Positions, certificate
+from cppo.engines.trl_rewards import BASELINE, GROUP, REWARD, TOKENS
+from cppo.theory import Certificate, Positions, certificate
 from cppo.training.files import read_jsonl
 from cppo.training.positions import bucket_width, rounded
 
@@ -39,36 +41,47 @@ class Observed(Protocol):
 
 def certificate_row(calls: Iterable[Observed], divergence: str | None) -> dict[str, Any] | None:
     """The certificate of the responses seen in some losses, or None where there is none: no rewards were seen, no
-    response has a loss token, or a number is not finite.
+    response has a token, or a number is not finite.
 
     divergence : its name, None: the rule measures none. A KL is turned into a TV by Pinsker, sqrt(KL / 2).
     """
-    parts = [_kept(call) for call in calls if REWARD in call.inputs]
+    parts = [_seen(call) for call in calls if REWARD in call.inputs]
     parts = [part for part in parts if len(part["reward"])]
     if not parts:
         return None
-    width = max(part["mask"].shape[1] for part in parts)
+    width = max(part["tokens"].shape[1] for part in parts)
     padded = [{name: _wide(values, width) for name, values in part.items()} for part in parts]
     batch = {name: np.concatenate([part[name] for part in padded]) for name in padded[0]}
-    mask, R = batch["mask"], batch["reward"]
-    D = batch.get("divergence") if divergence is not None else None
-    if not np.isfinite(batch["log_ratio"][mask]).all() or (D is not None and not np.isfinite(D[mask]).all()):
+    if not np.isfinite(batch["log_ratio"][batch["tokens"]]).all():
         return None
-    if D is not None and divergence is not None and divergence.endswith("_kl"):
-        D = np.sqrt(np.maximum(D, 0) / 2)
     # The tasks' rewards lie in [0, 1]; a reward function of another range shows it sooner or later.
-    xi = (max(1.0, float(R.max())) - min(0.0, float(R.min()))) / 2
-    D = None if D is None else np.clip(D, 0, 1)
-    found = certificate(D, batch["log_ratio"], mask, R - batch["baseline"], xi=xi, groups=batch["group"])
-    figures = {name: rounded(value) if isinstance(value, float) else value for name, value in found.figures().items()}
+    xi = (max(1.0, float(batch["reward"].max())) - min(0.0, float(batch["reward"].min()))) / 2
+
+    def certified(rows: Any, tokens: Any, D: Any) -> Certificate:
+        R = (batch["reward"] - batch["baseline"])[rows]
+        return certificate(D, batch["log_ratio"][rows], tokens[rows], R, xi=xi, groups=batch["group"][rows])
+
+    whole = certified(slice(None), batch["tokens"], None)
+    figures, positions = whole.figures(), None
+    scored = batch["mask"].any(1)
+    if divergence is not None and "divergence" in batch and scored.any():
+        D = batch["divergence"][scored]
+        if not np.isfinite(D[batch["mask"][scored]]).all():
+            return None
+        D = np.sqrt(np.maximum(D, 0) / 2) if divergence.endswith("_kl") else D
+        found = certified(scored, batch["mask"], np.clip(D, 0, 1))
+        figures |= {name: x for name, x in found.figures().items() if name.startswith(("pathwise", "product", "prop4"))}
+        figures["scored_responses"], positions = found.responses, found.positions
+    figures = {name: rounded(value) if isinstance(value, float) else value for name, value in figures.items()}
     head = {"divergence": divergence, "certified": divergence in CERTIFIED, "xi": xi}
-    return head | figures | _by_position(found.positions)
+    return head | figures | _by_position(positions)
 
 
-def _kept(call: Observed) -> dict[str, Any]:
-    """The numbers of the responses that have a loss token and a reward."""
+def _seen(call: Observed) -> dict[str, Any]:
+    """The numbers of the responses that have a token and a reward."""
     arrays = {
         "mask": call.mask,
+        "tokens": call.inputs[TOKENS],
         "log_ratio": call.policy_logp.float() - call.rollout_logp.float(),
         "reward": call.inputs[REWARD],
         "baseline": call.inputs[BASELINE],
@@ -77,7 +90,7 @@ def _kept(call: Observed) -> dict[str, Any]:
     if call.divergence is not None:
         arrays["divergence"] = call.divergence.float()
     numbers = {name: values.cpu().numpy() for name, values in arrays.items()}
-    kept = numbers["mask"].any(1) & np.isfinite(numbers["reward"])
+    kept = numbers["tokens"].any(1) & np.isfinite(numbers["reward"])
     return {name: values[kept] for name, values in numbers.items()}
 
 

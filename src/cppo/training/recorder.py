@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from cppo import Reason, TokenBatch, Verdict
-from cppo.engines.trl_rewards import BASELINE, GROUP, REWARD
+from cppo.engines.trl_rewards import BASELINE, GROUP, REWARD, TOKENS
 from cppo.training import files
 from cppo.training.certificates import CERTIFICATES_FILE, certificate_row
 from cppo.training.positions import by_position, rounded
@@ -97,7 +97,7 @@ class _Call:
         self.reason = verdict.reason
         self.delta_b = verdict.delta_b
         self.budget_used = verdict.budget_used
-        names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", REWARD, BASELINE, GROUP)
+        names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", REWARD, BASELINE, GROUP, TOKENS)
         self.inputs = {name: inputs[name] for name in names if inputs.get(name) is not None}
 
 
