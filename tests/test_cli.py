@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -110,6 +111,14 @@ def test_recipes(invoke):
         (["bound", "--horizon", "9", "--rule", "dpo"], ["no rule 'dpo'", "Did you mean 'dppo'?"]),
         (["bound", "--horizon", "9", "--schedule", "stairs"], ["schedule is 'stairs'", "linear"]),
         (["bound", "--run", "nowhere"], ["--run nowhere: there is no run"]),
+        (["compare", "--rules", "dpo"], ["--rules names 'dpo'", "Did you mean 'dppo'?"]),
+        (["compare", "--seeds", "0"], ["--seeds is 0, expected at least 1"]),
+        (["compare", "--resume", "nowhere"], ["nowhere: there is no study"]),
+        (["compare", "seed=3"], ["in a study seed is given by --seeds"]),
+        (["inspect", "nowhere.jsonl"], ["nowhere.jsonl"]),
+        (["inspect", "nowhere.jsonl", "--rule", "dpo"], ["no rule 'dpo'"]),
+        (["calibrate", "nowhere.jsonl"], ["nowhere.jsonl"]),
+        (["calibrate", "nowhere.jsonl", "--budget", "x"], ["--budget is 'x', expected adaptive or fixed"]),
         (["trian"], ["No such command 'trian'"]),
         (["train", "--bogus"], ["No such option"]),
     ],
@@ -160,6 +169,35 @@ def test_bound_of_a_run(invoke):
     shown = [line for line in done.stdout.splitlines() if "[0.25, 0.25]" in line]
     assert len(shown) <= 17 and shown[-1].split("│")[1].strip() == "40"
     assert len(json.loads(invoke("bound", "--run", "runs/one", "--json").stdout)) == 40
+
+
+def test_inspect_and_calibrate_a_dump(invoke):
+    number = random.Random(0).random
+    lines = [
+        {
+            "rollout_logp": [-0.2 - number() for _ in range(12)],
+            "policy_logp": [-0.2 - number() for _ in range(12)],
+            "advantage": (-1.0) ** i,
+            "reward": i % 2,
+            "group": i // 4,
+        }
+        for i in range(40)
+    ]
+    Path("dump.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    done = invoke("inspect", "dump.jsonl", "--rule", "cppo", "--rule", "dppo", "--set", "dppo.delta=0.1", "--out", "x")
+    assert done.exit_code == 0 and "binary_tv" in done.stdout, done.stderr
+    assert Path("x/inspect.json").exists() and list(Path("x").glob("*.svg"))
+    report = json.loads(invoke("inspect", "dump.jsonl", "--json").stdout)
+    assert set(report["rules"]) == set(cppo.RULES) and report["dump"]["loss_tokens"] == 480
+    found = json.loads(invoke("calibrate", "dump.jsonl", "--target", "0.1", "--json").stdout)
+    assert found["divergence"] == "binary_tv" and set(found["limits"]) == {"binary_tv", "binary_kl"}
+    assert 0 < found["proposal"]["masked"] <= 0.1
+    dppo = json.loads(
+        invoke("inspect", "dump.jsonl", "--rule", "dppo", "--set", f"dppo.delta={found['dppo_delta']}", "--json").stdout
+    )
+    assert dppo["rules"]["dppo"]["masked"] == pytest.approx(48 / 480)
+    shown = invoke("calibrate", "dump.jsonl", "--target", "0.1").stdout
+    assert "Limits that drop as much as binary_tv" in shown and "eps_high" in shown
 
 
 def test_missing_runs_name_the_newest_that_there_is(invoke):

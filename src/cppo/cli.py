@@ -1,4 +1,4 @@
-"""The program `cppo`: train, evaluate, bound, launch, and list the rules and recipes.
+"""The program `cppo`: train, evaluate, bound, launch, list the rules and recipes; the study's commands: cli_study.
 
 What a user can put right is printed as a sentence on stderr and ends with status 2; Ctrl-C ends with 130. Training
 libraries are imported inside the commands, after the configuration has been validated.
@@ -26,6 +26,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import cppo
+from cppo.cli_study import register
 from cppo.errors import UserError
 from cppo.rules.base import rule_class
 
@@ -359,6 +360,8 @@ def bound(
     else:
         console.print(cli_bound.constants_table(settings, constants, found, costs))
 
+
+register(app, _sentences)
 
 launch = typer.Typer(help="Start a run with an engine for clusters.", no_args_is_help=True)
 app.add_typer(launch, name="launch")

@@ -1,0 +1,113 @@
+"""The commands of a study: compare, inspect, calibrate. `register` adds them to the program."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cppo.errors import UserError
+
+
+def register(app: typer.Typer, sentences: Callable[..., Any]) -> None:
+    """Add the commands to `app`, each wrapped in `sentences` (mistakes of the user as a sentence)."""
+    for command in (compare, inspect, calibrate):
+        app.command()(sentences(command))
+
+
+def compare(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[RECIPE] [KEY=VALUE]...",
+            help="A recipe or YAML file (default: arithmetic), then settings: for all, or for one (dppo.delta=0.05).",
+        ),
+    ] = None,
+    rules: Annotated[
+        str | None,
+        typer.Option("--rules", help="Names with commas between (default: the seven of the paper's Table 1)."),
+    ] = None,
+    seeds: Annotated[int | None, typer.Option("--seeds", help="How many, from the recipe's on (default 5).")] = None,
+    jobs: Annotated[
+        int | None, typer.Option("--jobs", help="Runs at a time (default: half of the cores, or one a GPU).")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="The study's folder (default: studies/compare-...).")
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option("--resume", metavar="DIR", help="Go on with the study in this folder.")
+    ] = None,
+    show: Annotated[
+        Path | None, typer.Option("--show", metavar="DIR", help="Only print what that study has so far.")
+    ] = None,
+    baseline: Annotated[
+        str | None, typer.Option("--baseline", help="Measure against this rule (default: the best of the others).")
+    ] = None,
+) -> None:
+    """Does it help on my task? Matched runs of several rules and seeds, with intervals.
+
+    cppo compare --rules grpo,dppo,cppo --seeds 2 steps=10
+
+    cppo compare --resume studies/compare-arithmetic-001
+    """
+    from cppo.cli import split_arguments
+    from cppo.cli_compare import compare as run
+
+    recipe, settings = split_arguments(arguments or [])
+    status = run(
+        recipe, settings, rules=rules, seeds=seeds, jobs=jobs, out=out, resume=resume, show=show, baseline=baseline
+    )
+    if status:
+        raise typer.Exit(status)
+
+
+def inspect(
+    dump: Annotated[
+        Path, typer.Argument(metavar="DUMP", help="A .jsonl or .parquet file, a folder of them, or a run.")
+    ],
+    rule: Annotated[
+        list[str] | None, typer.Option("--rule", help="Only this rule (can be given several times).")
+    ] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="RULE.KEY=VALUE", help="A parameter, such as cppo.delta=0.1.")
+    ] = None,
+    update: Annotated[str, typer.Option("--update", help="last, all, or a number (0: the first of a batch).")] = "last",
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Write figures (PNG, SVG) and inspect.json there.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """What a dump of rollouts shows: divergence by position, what each rule would mask, budgets, the certificate.
+
+    cppo inspect dump.jsonl --out figures
+
+    cppo inspect runs/arithmetic-cppo-001 --rule cppo --rule dppo --set cppo.delta=0.05
+    """
+    from cppo import cli_inspect
+
+    cli_inspect.run(dump, rule or (), settings or (), update, out, as_json)
+
+
+def calibrate(
+    dump: Annotated[
+        Path, typer.Argument(metavar="DUMP", help="A .jsonl or .parquet file, a folder of them, or a run.")
+    ],
+    target: Annotated[float, typer.Option("--target", help="Share of the loss tokens to hold back.")] = 0.01,
+    w_min: Annotated[float, typer.Option("--w-min", help="CPPO's smallest weight.")] = 0.8,
+    budget: Annotated[str, typer.Option("--budget", help="CPPO's budget: adaptive or fixed.")] = "adaptive",
+    delta: Annotated[
+        float | None, typer.Option("--delta", help="Translate this limit into other divergences, not the proposed one.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Thresholds from measured divergences: delta and delta_b for a target, and limits that correspond.
+
+    cppo calibrate dump.jsonl --target 0.02
+    """
+    from cppo import cli_calibrate
+
+    if budget not in ("adaptive", "fixed"):
+        raise UserError(f"--budget is {budget!r}, expected adaptive or fixed.")
+    cli_calibrate.run(dump, target, w_min, budget, delta, as_json)

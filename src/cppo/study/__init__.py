@@ -1,0 +1,1 @@
+"""The study: what rules do, and whether they help. docs/inspect.md and the pages beside it."""

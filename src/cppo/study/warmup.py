@@ -1,0 +1,51 @@
+"""`python -m cppo.study.warmup CONFIG`: the warm-up of a run and nothing else, for the runs of a study that share it.
+
+Leaves `<output_dir>/warmup/model`. Started again after a kill it goes on from its newest checkpoint.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from transformers.utils.logging import disable_progress_bar
+
+from cppo.tasks import make_task
+from cppo.training import files
+from cppo.training.callbacks import StopRequest
+from cppo.training.config import load_config
+from cppo.training.folder import CONFIG_FILE, latest_state, versions
+from cppo.training.processes import start_processes
+from cppo.training.progress import RunProgress
+from cppo.training.run import Interrupted, Run
+
+
+def main(path: Path) -> int:
+    """Warm up the model of the configuration in `path`; returns the exit status."""
+    config = load_config(path)
+    folder = Path(str(config.output_dir))
+    disable_progress_bar()  # transformers' own, for each file it writes
+    start_processes()
+    task = make_task(config.task.name, **config.task.options)
+    files.remove_temporaries(folder)
+    if not (folder / CONFIG_FILE).exists():
+        files.atomic_write_json(folder / "versions.json", versions())
+        files.atomic_write_text(folder / CONFIG_FILE, config.to_yaml())
+    progress = RunProgress(Console(), plain=True)
+    stop = StopRequest(lambda: progress.note("Stopping, with a checkpoint."))
+    try:
+        with progress, stop:
+            run = Run(config, task, folder, progress, stop)
+            latest_state(folder, run.checkpoints, run.warmup_checkpoints)
+            run.warm_up()
+    except Interrupted:
+        return 130
+    except ValueError as error:  # what the user gave
+        print(f"Error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))
