@@ -119,7 +119,8 @@ def test_ctrl_c_lets_runs_write_a_checkpoint(study):
     thread.join()
     assert sorted(name for name, what, *_ in events() if what == "checkpoint") == ["cppo-seed0", "dppo-seed0"]
     states = [record.state for record in read_results(plan).records]
-    assert states == ["in progress", "in progress", "not started", "not started"]
+    # the warm-up of the other seed may be done first, and then its runs begin first
+    assert states[:2] == ["in progress", "in progress"] and set(states[2:]) <= {"not started", "finished"}
     assert go(jobs=2) == {} and read_results(plan).complete
 
 
@@ -181,10 +182,14 @@ def test_a_full_disk_leaves_no_processes(study, monkeypatch):
     plan, go, events = study
 
     def full(self):
+        for _ in range(1000):  # the other run has begun; on a busy machine that may take seconds
+            if "cppo-seed0" in [name for name, *_ in events()]:
+                break
+            time.sleep(0.02)
         raise DiskFullError(plan.folder / "status.json", OSError(28, "No space left on device"))
 
     monkeypatch.setattr(Runner, "_write_status", full)
     with pytest.raises(DiskFullError, match="free some space"):
-        go(jobs=3, dppo_seed0="fail", cppo_seed0="hang")
-    assert "cppo-seed0" in [name for name, what, *_ in events() if what in ("checkpoint", "begin")]
+        go(jobs=6, dppo_seed0="fail", cppo_seed0="hang")
+    assert "cppo-seed0" in [name for name, what, *_ in events() if what == "checkpoint"]
     assert "cppo-seed0" not in [name for name, what, *_ in events() if what == "end"]
