@@ -96,6 +96,7 @@ bench: setup  ## speed and memory as ratios; figures go to benchmarks/results/
 	$(BIN)/python -m benchmarks.scale --json benchmarks/results/scale.json --figure docs/images/scale.png
 	$(BIN)/python -m benchmarks.theory --json benchmarks/results/theory.json
 	$(BIN)/python -m benchmarks.theory_figures --docs docs
+	$(BIN)/python -m benchmarks.inspect_dump --json benchmarks/results/inspect_dump.json
 
 bench-scoring: setup  ## scoring and divergences against other ways (about 35 minutes; ARGS="--plan quick": 5); tables go to docs/, too
 	$(BIN)/python -m benchmarks.divergences --json benchmarks/results/divergences.json --figure docs/images/divergences.png --docs docs/divergences.md

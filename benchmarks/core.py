@@ -27,7 +27,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -205,6 +205,19 @@ def memory(rows: int, columns: int) -> dict[str, float]:
     return result
 
 
+def graded(targets: Iterable[tuple[str, float, str, float]]) -> list[dict[str, Any]]:
+    """(claim, value, "<=" or ">=", limit) as rows with whether they are met."""
+    return [
+        {
+            "claim": claim,
+            "value": value,
+            "target": f"{sign} {limit:g}",
+            "met": value <= limit if sign == "<=" else value >= limit,
+        }
+        for claim, value, sign, limit in targets
+    ]
+
+
 def write_json(path: Path, result: dict[str, Any]) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(result, indent=2) + "\n")
@@ -244,15 +257,7 @@ def main() -> None:
         ("peak memory, CPPO fixed (input tensors)", peaks["cppo fixed"], "<=", 8.0),
         ("peak memory, CPPO adaptive (input tensors)", peaks["cppo adaptive"], "<=", 8.0),
     ]
-    result["targets"] = [
-        {
-            "claim": claim,
-            "value": value,
-            "target": f"{sign} {limit:g}",
-            "met": value <= limit if sign == "<=" else value >= limit,
-        }
-        for claim, value, sign, limit in targets
-    ]
+    result["targets"] = graded(targets)
     print(f"verdict + loss on {result['shape']} float32, {result['threads']} threads, median of {options.repeats}")
     for row in result["targets"]:
         print(

@@ -29,7 +29,7 @@ import scipy
 import scipy.sparse
 from scipy.optimize import linprog
 
-from benchmarks.core import interleaved, write_json
+from benchmarks.core import graded, interleaved, write_json
 from cppo import theory
 from cppo.theory import TabularProblem, make_schedule, tightest_residual
 
@@ -244,15 +244,7 @@ def measure(quick: bool, repeats: int) -> dict[str, Any]:
         *((f"{name} (s)", value["package"], "<=", 5.0) for name, value in solved.items()),
         *((f"{name}, HiGHS / package", value["HiGHS over package"], ">=", 1.0) for name, value in solved.items()),
     ]
-    result["targets"] = [
-        {
-            "claim": claim,
-            "value": value,
-            "target": f"{sign} {limit:g}",
-            "met": value <= limit if sign == "<=" else value >= limit,
-        }
-        for claim, value, sign, limit in targets
-    ]
+    result["targets"] = graded(targets)
     return result
 
 

@@ -185,9 +185,7 @@ class Run:
         kwargs.setdefault("run_name", self.folder.name)  # in trackers
         rule = config.make_rule()
         samples = config.samples
-        recorder = RunRecorder(
-            self.folder, tokenizer, samples.every, samples.count, config.updates, getattr(rule, "divergence", None)
-        )
+        recorder = RunRecorder(self.folder, tokenizer, samples.every, samples.count, config.updates, rule.divergence)
         guard = NonFiniteGuard(self.checkpoints)
         guard.restore([row.get("skipped_nonfinite", 0) for row in read_metrics(self.folder, "train")])
         trainer = TrustRegionTrainer(
