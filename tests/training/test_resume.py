@@ -56,7 +56,8 @@ def rows(path: Path) -> list[dict[str, object]]:
 
 def same(one: Path, other: Path) -> None:
     assert rows(one / "metrics.jsonl") == rows(other / "metrics.jsonl")
-    assert (one / "positions.jsonl").read_bytes() == (other / "positions.jsonl").read_bytes()
+    for name in ("positions.jsonl", "problems.jsonl"):
+        assert (one / name).read_bytes() == (other / name).read_bytes()
     for sub in ("samples", "best", "checkpoints"):
         mine = {p.relative_to(one) for p in (one / sub).rglob("*") if p.is_file()}
         assert mine == {p.relative_to(other) for p in (other / sub).rglob("*") if p.is_file()}
@@ -104,6 +105,12 @@ def test_two_processes_share_a_run(tmp_path: Path) -> None:
     assert [row["update"] for row in lines if row["kind"] == "train"] == [1, 2, 3, 4]
     assert [row["step"] for row in lines if row["kind"] == "evaluation"] == [0, 1, 2]
     assert done.stdout.count("Results go to") == 1
+    # every problem has its score, whichever process judged it
+    evaluations = [row for row in lines if row["kind"] == "evaluation"]
+    for row, problems in zip(evaluations, rows(folder / "problems.jsonl"), strict=True):
+        assert problems["step"] == row["step"] and problems["scores"]
+        for name, scores in problems["scores"].items():
+            assert len(scores) == 5 and sum(scores) / 5 == pytest.approx(row[f"avg/{name}"])
     from transformers import AutoModelForCausalLM
 
     AutoModelForCausalLM.from_pretrained(folder / "checkpoints" / "step-000002")

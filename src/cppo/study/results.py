@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from cppo.study.plan import Plan, PlannedRun
-from cppo.study.statistics import Estimate, mean_interval, paired_difference, probability_of_improvement
+from cppo.study.statistics import Estimate, Figure, mean_interval, paired_difference, probability_of_improvement
 from cppo.study.status import read_errors
+from cppo.training.problems import read_problems
 from cppo.training.recorder import read_metrics
 from cppo.training.summary import STEP_TIME, best_evaluation
 
@@ -47,6 +48,10 @@ class RunRecord:
     """The same at the evaluation whose mean is highest."""
     best_step: int | None = None
     final: dict[str, float] = field(default_factory=dict)
+    """The same after the last step."""
+    best_problems: dict[str, list[float]] = field(default_factory=dict)
+    """Benchmark -> mean score of each problem, at the best evaluation; empty where the run does not have them."""
+    final_problems: dict[str, list[float]] = field(default_factory=dict)
     """The same after the last step."""
     rewards: list[float | None] = field(default_factory=list)
     """Mean training reward of each step."""
@@ -87,7 +92,7 @@ def read_run(plan: Plan, run: PlannedRun, error: str | None = None) -> RunRecord
     record = RunRecord(run.name, str(run.variant), run.seed, "not started", steps=steps, error=error)
     folder = plan.folder_of(run)
     try:
-        rows = read_metrics(folder)
+        rows, problems = read_metrics(folder), read_problems(folder)
     except (OSError, ValueError) as problem:
         record.state, record.error = "failed", str(problem)
         return record
@@ -102,6 +107,8 @@ def read_run(plan: Plan, run: PlannedRun, error: str | None = None) -> RunRecord
             record.final = _scores(row)
     if (best := best_evaluation(evaluations)) is not None:
         record.best, record.best_step = _scores(best), int(best["step"])
+        record.best_problems = problems.get(record.best_step, {})
+        record.final_problems = problems.get(steps, {}) if record.final else {}
     record.rewards = _curve(trained, record.step)
     record.collapsed_at = collapse(record.rewards)
     masked = [row["trust/masked_fraction"] for row in trained if row.get("trust/masked_fraction") is not None]
@@ -172,6 +179,8 @@ class Results:
     samples: int | None
     unmatched: list[int]
     """Seeds whose runs did not start with the same accuracy, although they share their start."""
+    problems: dict[str, int] = field(default_factory=dict)
+    """Benchmark -> held-out problems that the intervals are over, beside the seeds; empty: over seeds alone."""
 
     def as_json(self) -> dict[str, Any]:
         """Everything, as plain types."""
@@ -201,6 +210,7 @@ def summarise(kind: str, names: Sequence[str], records: Sequence[RunRecord], bas
     done = {name: {r.seed: r for r in records if r.variant == name and r.state == "finished"} for name in names}
     finished = [record for runs in done.values() for record in runs.values()]
     benchmarks = list(dict.fromkeys(key for record in finished for key in record.final if key != MEAN))
+    problems = _shared_problems(finished, benchmarks)
     means = {name: plain.fmean(r.best[MEAN] for r in done[name].values()) for name in names if done[name]}
     starts: dict[int, set[tuple[float, ...]]] = defaultdict(set)
     for record in records:
@@ -210,10 +220,29 @@ def summarise(kind: str, names: Sequence[str], records: Sequence[RunRecord], bas
     for name in names:
         others = {other: mean for other, mean in means.items() if other != name}
         rival = baseline if baseline is not None else max(others, key=lambda other: others[other], default=None)
-        variants.append(_variant(name, records, done, benchmarks, None if rival == name else rival))
+        variants.append(_variant(name, records, done, benchmarks, None if rival == name else rival, bool(problems)))
     samples = next((record.samples for record in finished if record.samples), None)
     unmatched = sorted(seed for seed, found in starts.items() if len(found) > 1)
-    return Results(kind, list(records), variants, benchmarks, samples, unmatched)
+    return Results(kind, list(records), variants, benchmarks, samples, unmatched, problems)
+
+
+def _shared_problems(finished: Sequence[RunRecord], benchmarks: Sequence[str]) -> dict[str, int]:
+    """Benchmark -> number of problems, where all finished runs have the scores of the same number; else {}."""
+    counts = {
+        tuple((name, len(scores.get(name, ()))) for name in benchmarks)
+        for run in finished
+        for scores in (run.best_problems, run.final_problems)
+    }
+    only = counts.pop() if len(counts) == 1 else ()
+    return dict(only) if all(number for _, number in only) else {}
+
+
+def _figure(run: RunRecord, which: str, key: str, by_problem: bool) -> Figure:
+    """What `statistics` takes for a run: its number, or the scores of the problems behind it."""
+    if not by_problem:
+        return float(getattr(run, which)[key])
+    scores = getattr(run, f"{which}_problems")
+    return list(scores.values()) if key == MEAN else [scores[key]]
 
 
 def _variant(
@@ -222,11 +251,12 @@ def _variant(
     done: Mapping[str, Mapping[int, RunRecord]],
     benchmarks: Sequence[str],
     rival: str | None,
+    by_problem: bool,
 ) -> VariantSummary:
     runs = done[name]
     best, final = (
         {
-            key: mean_interval([getattr(r, which)[key] for r in runs.values() if key in getattr(r, which)])
+            key: mean_interval([_figure(r, which, key, by_problem) for r in runs.values() if key in getattr(r, which)])
             for key in (*benchmarks, MEAN)
         }
         for which in ("best", "final")
@@ -234,7 +264,9 @@ def _variant(
     compared: dict[str, tuple[Estimate, Estimate]] = {}
     if rival is not None and runs and done.get(rival):
         for which in ("best", "final"):
-            mine, theirs = ({seed: getattr(r, which)[MEAN] for seed, r in done[v].items()} for v in (name, rival))
+            mine, theirs = (
+                {seed: _figure(r, which, MEAN, by_problem) for seed, r in done[v].items()} for v in (name, rival)
+            )
             compared[which] = probability_of_improvement(mine, theirs), paired_difference(mine, theirs)
     improvement, difference = compared.get("best", (None, None))
     final_improvement, final_difference = compared.get("final", (None, None))

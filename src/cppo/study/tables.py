@@ -105,7 +105,7 @@ def notes(results: Results) -> list[str]:
     found = [
         "Best: the evaluation with the highest mean within the budget, its benchmarks at that step. P(better): the "
         "probability that a run has a higher best Avg@k than one of the configuration named there; differences are by "
-        "seed. Intervals are over seeds, on the same held-out problems."
+        f"seed. {_intervals(results)}"
     ]
     counts = {len(variant.seeds) for variant in results.variants if variant.seeds}
     if counts and min(counts) < 2:
@@ -128,6 +128,13 @@ def notes(results: Results) -> list[str]:
             "they are not matched."
         )
     return found
+
+
+def _intervals(results: Results) -> str:
+    if not results.problems:
+        return "Intervals are over seeds, on the same held-out problems."
+    shown = ", ".join(f"{count} of {name}" for name, count in results.problems.items())
+    return f"Intervals are over seeds and held-out problems ({shown}), which all runs share."
 
 
 def rich_tables(results: Results) -> Group:

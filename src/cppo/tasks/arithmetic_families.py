@@ -15,34 +15,12 @@ import random
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 from cppo.tasks.base import nearest
+from cppo.tasks.scratchpad import Family, Recall
 
 ALPHABET = "0123456789+-=,#"
 COMMON = ("chain-12", "chain-24", "chain-48", "chain-120", "add-3", "add-4", "add-8")
-
-Recall = Callable[[str, int], int]  # (fact, its right digit) -> the digit that the teacher writes
-
-
-class Family(Protocol):
-    """A kind of problem at one length."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def response_length(self) -> int:
-        """Characters of the longest right response, without the end of sequence."""
-
-    def draw(self, rng: random.Random) -> str:
-        """A prompt, which ends in '='."""
-
-    def solve(self, prompt: str, recall: Recall) -> tuple[list[str], str]:
-        """Scratchpad and answer for `prompt`, where every single-digit fact is asked of `recall`."""
-
-    def facts(self) -> Iterator[str]:
-        """Every fact that `solve` can ask."""
 
 
 @dataclass(frozen=True)

@@ -81,18 +81,19 @@ class Task(Protocol):
 _REQUIRED = ("name", "train", "validation", "score")
 _BUILT_IN = {
     "arithmetic": "cppo.tasks.arithmetic:Arithmetic",
+    "automaton": "cppo.tasks.automaton:CellularAutomaton",
     "math": "cppo.tasks.math:Math",
     "reasoning_gym": "cppo.tasks.reasoning_gym:ReasoningGym",
 }
-_FORMS = "arithmetic, math, reasoning_gym:<generator> or package.module:factory"
+_FORMS = "arithmetic, automaton, math, reasoning_gym:<generator> or package.module:factory"
 
 
 def make_task(spec: str, /, **options: Any) -> Task:
     """The task called `spec`, made with `options`.
 
     Args:
-        spec: "arithmetic", "math", "reasoning_gym:<generator>", or "package.module:factory" for a task of your own
-            (a class or function that is imported and called with the options).
+        spec: "arithmetic", "automaton", "math", "reasoning_gym:<generator>", or "package.module:factory" for a task
+            of your own (a class or function that is imported and called with the options).
         options: passed on; see `docs/tasks.md` for what each task takes.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Avg@k and pass@k of a policy on a task's held-out problems.
+"""Avg@k and pass@k of a policy on a task's held-out problems, and the score of each problem.
 
 * Sampling at the evaluation's own temperature and top-p (0.7 / 0.95 in the paper), apart from training, which samples
   from the full softmax.
@@ -99,16 +99,19 @@ def evaluate(
     config: Config,
     on_batch: OnBatch | None = None,
     together: bool = False,
-) -> dict[str, float]:
-    """Avg@k and pass@k for each benchmark and their unweighted mean, k = ``evaluation.samples``.
+) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """(Avg@k and pass@k for each benchmark and their unweighted mean, mean score of each problem), k =
+    ``evaluation.samples``.
 
     Called by all processes, each of which takes its share of the problems; all return the same figures.
     Avg@k is the mean score over problems and samples; pass@k the share of problems with a response of full score among
-    the k. Keys: ``avg/<benchmark>``, ``pass/<benchmark>``, ``avg/mean``, ``pass/mean``, ``samples``.
+    the k. Keys: ``avg/<benchmark>``, ``pass/<benchmark>``, ``avg/mean``, ``pass/mean``, ``samples``. The scores of
+    problems are in the order of `benchmarks`, whatever the number of processes.
     """
     settings, process = config.evaluation, PartialState()
     rank, size = process.process_index, process.num_processes
     row: dict[str, float] = {"samples": settings.samples}
+    by_problem: dict[str, list[float]] = {}
     done = 0
     for name, examples in benchmarks.items():
         offset = done
@@ -134,9 +137,12 @@ def evaluate(
         scores = [flat[start : start + settings.samples] for start in range(0, len(flat), settings.samples)]
         row[f"avg/{name}"] = sum(flat) / len(flat)
         row[f"pass/{name}"] = sum(max(line) >= 1.0 for line in scores) / len(scores)
+        order = [i for process in range(size) for i in range(process, len(examples), size)]  # as the shares were joined
+        means = {i: sum(line) / len(line) for i, line in zip(order, scores, strict=True)}
+        by_problem[name] = [means[i] for i in range(len(examples))]
     for measure in ("avg", "pass"):
         row[f"{measure}/mean"] = sum(row[f"{measure}/{name}"] for name in benchmarks) / len(benchmarks)
-    return row
+    return row, by_problem
 
 
 def score_all(task: Task, pairs: Sequence[tuple[Example, str]]) -> list[float]:
@@ -184,4 +190,5 @@ def evaluate_model(model: str, config: Config, progress: RunProgress | None = No
 
     if progress is not None:
         progress.start_phase("evaluation", total)
-    return evaluate(policy, tokenizer, task, benchmarks, config, on_batch)
+    figures, _ = evaluate(policy, tokenizer, task, benchmarks, config, on_batch)
+    return figures

@@ -19,6 +19,7 @@ from cppo.errors import UserError
 from cppo.training import files
 from cppo.training.checkpoints import Checkpoints
 from cppo.training.config import Config
+from cppo.training.problems import keep_problems
 from cppo.training.recorder import METRICS_FILE, read_metrics, truncate_records
 
 CONFIG_FILE = "config.yaml"
@@ -127,7 +128,9 @@ def latest_state(folder: Path, checkpoints: Checkpoints, warmup: Checkpoints) ->
     else:
         files.truncate_after(folder / METRICS_FILE, step)
     truncate_records(folder, step or 0)
-    return read_metrics(folder)
+    rows = read_metrics(folder)
+    keep_problems(folder, {row["step"] for row in rows if row["kind"] == "evaluation"})
+    return rows
 
 
 def load_checkpoint(path: Path) -> PreTrainedModel:

@@ -43,6 +43,7 @@ from cppo.training.evaluate import evaluate, held_out, score_all
 from cppo.training.folder import drop_unused, latest_state, load_checkpoint, prepare_folder, save_best
 from cppo.training.models import build_policy, load_tokenizer
 from cppo.training.plots import before_and_after, write_plots
+from cppo.training.problems import append_problems
 from cppo.training.processes import any_process, from_main, is_sharded, start_processes, whole_weights
 from cppo.training.progress import RunProgress, accuracy_table
 from cppo.training.recorder import RunRecorder, append_metrics, read_metrics
@@ -114,7 +115,7 @@ class Run:
             done = count
 
         together = trainer is not None and is_sharded(trainer.accelerator)
-        figures = evaluate(model, tokenizer, self.task, self.benchmarks, self.config, on_batch, together)
+        figures, scores = evaluate(model, tokenizer, self.task, self.benchmarks, self.config, on_batch, together)
         seconds = {"time/evaluation": time.monotonic() - began}
         row: dict[str, Any] = {"step": step, "update": step * self.config.updates, "kind": "evaluation", **figures}
         self.progress.note(f"step {step}: Avg@{self.config.evaluation.samples} {row['avg/mean']:.3f}")
@@ -123,6 +124,8 @@ class Run:
             weights = None if trainer is None else whole_weights(trainer.accelerator, trainer.model_wrapped)
             if self.main:
                 save_best(self.folder, model, tokenizer, step, weights)
+        if self.main:
+            append_problems(self.folder, step, self.config.evaluation.samples, scores)
         # Last: a run that is killed before this line evaluates again, so the best policy is never missing.
         self.log(**row, **seconds)
         PartialState().wait_for_everyone()

@@ -65,15 +65,17 @@ class TaskSettings(Section):
     """What is learned."""
 
     name: str = "arithmetic"
-    """`arithmetic`, `math`, `reasoning_gym:<name>`, or a task of your own as `package.module:ClassOrFactory`."""
+    """`arithmetic`, `automaton`, `math`, `reasoning_gym:<name>`, or your own as `package.module:ClassOrFactory`."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Parameters of the task, see docs/tasks.md; `task.families=[...]` is short for `task.options.families=[...]`."""
 
     @field_validator("name")
     @classmethod
     def _known(cls, name: str) -> str:
-        forms = "arithmetic, math, reasoning_gym:<name> (such as reasoning_gym:chain_sum) or package.module:Name"
-        if name in ("arithmetic", "math") or re.fullmatch(r"reasoning_gym:\w+", name):
+        forms = (
+            "arithmetic, automaton, math, reasoning_gym:<name> (such as reasoning_gym:chain_sum) or package.module:Name"
+        )
+        if name in ("arithmetic", "automaton", "math") or re.fullmatch(r"reasoning_gym:\w+", name):
             return name
         if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", name) and not name.startswith("reasoning_gym:"):
             module = name.partition(":")[0].partition(".")[0]
@@ -85,7 +87,8 @@ class TaskSettings(Section):
                 )
             return name
         raise ValueError(
-            f"task.name is {name!r}, expected {forms}.{nearest(name, ['arithmetic', 'math', 'reasoning_gym:<name>'])}"
+            f"task.name is {name!r}, expected {forms}."
+            f"{nearest(name, ['arithmetic', 'automaton', 'math', 'reasoning_gym:<name>'])}"
         )
 
 
