@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from cppo import CPPO
+from cppo.cli_inspect import parse_settings
+from cppo.errors import UserError
 
 
 def run(
@@ -22,10 +24,15 @@ def run(
     delta: float | None = None,
     as_json: bool = False,
     console: Console | None = None,
+    rules: Sequence[str] = (),
+    settings: Sequence[str] = (),
+    update: str = "last",
 ) -> None:
     """The command: read, calibrate, print.
 
     target : masked fraction to aim at. w_min, budget : of CPPO. delta : translate this limit, not the proposed one.
+    rules : thresholds of these rules, instead of CPPO's and of limits that correspond. settings : parameters that stay,
+    "RULE.PARAMETER=VALUE". update : "last" or "all"; "all" with `rules` alone.
 
     Raises
     ------
@@ -34,12 +41,48 @@ def run(
     from cppo.study.calibrate import calibrate_dump
     from cppo.study.dump import read_dump
 
-    report = calibrate_dump(read_dump(dump), target, CPPO(w_min=w_min, budget=budget), delta)
+    if rules:
+        from cppo.study.calibrate_rules import propose_rules
+
+        if delta is not None:
+            raise UserError("--delta translates a limit of CPPO's table: leave --rule out, or set cppo.delta by --set.")
+        given = parse_settings(rules, settings)
+        if "cppo" in given:
+            given["cppo"] = {"w_min": w_min, "budget": budget} | given["cppo"]
+        report = propose_rules(read_dump(dump), given, target, update)
+    elif settings or update != "last":
+        raise UserError(f"{'--set' if settings else '--update'} needs --rule: without it the proposal is for CPPO.")
+    else:
+        report = calibrate_dump(read_dump(dump), target, CPPO(w_min=w_min, budget=budget), delta)
     console = console or Console(highlight=False)
     if as_json:
         console.file.write(json.dumps(report, indent=2, allow_nan=False) + "\n")
     else:
-        console.print(tables(report))
+        console.print(rule_table(report) if rules else tables(report))
+
+
+def rule_table(report: Mapping[str, Any]) -> Group:
+    """Thresholds by rule, for people."""
+    table = Table()
+    for column in ("rule", "thresholds", "held back", "D_t"):
+        table.add_column(column, justify="right" if column == "held back" else "left", overflow="fold")
+    problems = []
+    for name, entry in report["rules"].items():
+        if entry["problem"]:
+            problems.append(entry["problem"])
+            table.add_row(name, "-", "-", entry["divergence"] or "-")
+            continue
+        thresholds = " ".join(f"{key}={value:.4g}" for key, value in entry["thresholds"].items())
+        given = " ".join(f"{key}={value}" for key, value in entry["given"].items())
+        what = f"{entry['share']:.2%}{' clamped' if name in ('cispo', 'minpro') else ''}"
+        table.add_row(
+            name, escape(thresholds) + (f" [dim]{escape(given)}[/]" if given else ""), what, entry["divergence"] or "-"
+        )
+    head = f"Thresholds for {report['target']:.3g} of the tokens ({escape(report['dump'])})"
+    seen = f"From {report['responses']:,} responses with {report['loss_tokens']:,} loss tokens, "
+    seen += "seen at the last update of each step." if report["update"] == "last" else "all updates."
+    notes = (f"[bold]Note:[/] {escape(note)}" for note in (*problems, *report["notes"]))
+    return Group(head, table, seen, *notes)
 
 
 def tables(report: Mapping[str, Any]) -> Group:

@@ -66,8 +66,18 @@ def chosen_rules(names: Sequence[str], settings: Sequence[str]) -> list[TrustReg
     ------
     ValueError : an unknown rule or parameter, a setting of a rule that is not shown, or not of that form.
     """
-    wanted = list(dict.fromkeys(names)) or list(RULES)
-    parameters: dict[str, dict[str, Any]] = {name: {} for name in wanted}
+    parameters = parse_settings(list(names) or list(RULES), settings)
+    return [make_rule(name, **given) for name, given in parameters.items()]
+
+
+def parse_settings(names: Sequence[str], settings: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The parameters of each of the rules `names` that settings such as "cppo.delta=0.1" give.
+
+    Raises
+    ------
+    ValueError : a setting of a rule that is unknown or not among the names, or not of that form.
+    """
+    parameters: dict[str, dict[str, Any]] = {name: {} for name in names}
     for setting in settings:
         key, equals, text = setting.partition("=")
         rule, dot, parameter = key.partition(".")
@@ -77,7 +87,7 @@ def chosen_rules(names: Sequence[str], settings: Sequence[str]) -> list[TrustReg
             rule_class(rule)  # an unknown name is an error that lists the rules
             raise UserError(f"--set {setting}: the rule {rule} is not shown; add --rule {rule}.")
         parameters[rule][parameter] = _value(text)
-    return [make_rule(name, **parameters[name]) for name in wanted]
+    return parameters
 
 
 def _value(text: str) -> Any:

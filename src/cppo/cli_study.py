@@ -100,14 +100,29 @@ def calibrate(
     delta: Annotated[
         float | None, typer.Option("--delta", help="Translate this limit into other divergences, not the proposed one.")
     ] = None,
+    rule: Annotated[
+        list[str] | None,
+        typer.Option("--rule", help="Thresholds of this rule instead (can be given several times)."),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="RULE.KEY=VALUE", help="With --rule: a parameter that stays, as cppo.delta_b=0.02."
+        ),
+    ] = None,
+    update: Annotated[str, typer.Option("--update", help="With --rule: last or all.")] = "last",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Thresholds from measured divergences: delta and delta_b for a target, and limits that correspond.
 
     cppo calibrate dump.jsonl --target 0.02
+
+    cppo calibrate dump.jsonl --rule dppo --rule ppo_clip
     """
     from cppo import cli_calibrate
 
     if budget not in ("adaptive", "fixed"):
         raise UserError(f"--budget is {budget!r}, expected adaptive or fixed.")
-    cli_calibrate.run(dump, target, w_min, budget, delta, as_json)
+    cli_calibrate.run(
+        dump, target, w_min, budget, delta, as_json, rules=rule or (), settings=settings or (), update=update
+    )

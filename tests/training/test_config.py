@@ -335,6 +335,7 @@ def test_to_yaml_round_trips_exactly(recipe, overrides, tmp_path):
         ("rollout.vllm=true", ["topk_anchor=recomputed", "binary_tv"]),
         ("rollout.max_new_tokens=600", ["tiny.max_positions"]),
         ("tiny.hidden_size=30", ["multiple of 8"]),
+        ("tiny.experts=1", ["tiny.experts_per_token is 2", "the 1 of tiny.experts"]),
         ("aggregation=dr_grp", ["Did you mean 'dr_grpo'?"]),
         ("peft=none", ["null, not none", "peft is 'none'"]),
         ("gradient_checkpointing=on", ["auto, true, false"]),

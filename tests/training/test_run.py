@@ -221,6 +221,14 @@ def test_reasoning_gym(tmp_path, no_plots):
     assert [row["step"] for row in rows(tmp_path / "run", "evaluation")] == [0, 1]
 
 
+def test_a_mixture_of_experts_from_scratch(tmp_path, no_plots):
+    train(*ARITHMETIC, "tiny.experts=4", "steps=1", f"output_dir={tmp_path / 'run'}")
+    config = json.loads((tmp_path / "run" / "warmup" / "model" / "config.json").read_text())
+    assert config["architectures"] == ["Qwen3MoeForCausalLM"] and config["moe_intermediate_size"] == 64
+    # rollout and training take the same experts: before the first update the two policies are one
+    assert rows(tmp_path / "run", "train")[0]["trust/divergence_mean"] < 1e-6
+
+
 def test_own_task_from_scratch_with_few_problems(tmp_path, no_plots):
     run, resumed = tmp_path / "run", tmp_path / "resumed"
     train(*LETTERS, *TINY, "task.problems=5", "steps=3", "keep_checkpoints=3", f"output_dir={run}")

@@ -137,6 +137,30 @@ def assert_step(run: Result, step: int, rule: str, parameters: Mapping[str, Any]
         assert calls[-1].metrics["actor/trust/divergence_mean"][0] > 1e-4
 
 
+def test_a_dump_of_a_run_is_inspected(padded_run: Result, tmp_path: Path) -> None:
+    """`cppo inspect` on what the actor's loss saw: the same tokens are masked as the trainer logged."""
+    from cppo.study.dump import read_dump, verl_rows, write_dump
+    from cppo.study.inspect import inspect_dump
+
+    update = list(WITHOUT).index("cppo") * UPDATES + UPDATES - 1
+    calls = [call for call in padded_run.updates if call.update == update]
+    rows = []
+    for call in calls:
+        names = {"responses", "response_mask", "advantages", "rollout_log_probs"}
+        batch = {name: call.nested(f"data.{name}") for name in names}
+        pi = torch.nested.nested_tensor(call.responses("out.log_probs"), layout=torch.jagged)
+        rows += verl_rows(batch, policy_logp=pi, step=1, update=UPDATES - 1)
+    write_dump(tmp_path / "dump.parquet", rows)
+    dump = read_dump(tmp_path / "dump.parquet")
+    assert dump.loss_tokens.sum() == calls[0].tokens
+    found = inspect_dump(dump, [cppo.CPPO(**WITHOUT["cppo"])])
+    assert found["divergence"]["name"] == "binary_tv"
+    tokens = [int(call.tensors["data.response_mask"].sum()) for call in calls]
+    masked = [call.metrics["actor/trust/masked_fraction"][0] for call in calls]
+    expected = sum(m * n for m, n in zip(masked, tokens, strict=True)) / sum(tokens)
+    assert 0 < expected == pytest.approx(found["rules"]["cppo"]["masked"], rel=1e-5)
+
+
 # -- samplers: resumed generations, turns, separate replicas, servers without a top K ----------------------------------
 
 

@@ -62,6 +62,10 @@ class Update:
         """A ragged field as one tensor a sequence."""
         return list(self.tensors[name].tensor_split(self.tensors[f"{name}.offsets"][1:-1].tolist()))
 
+    def nested(self, name: str) -> Tensor:
+        """A ragged field as verl has it."""
+        return torch.nested.nested_tensor(self.rows(name), layout=torch.jagged)
+
     def responses(self, name: str) -> list[Tensor]:
         """A field over whole sequences, ``out.*`` or ``grad.*``, cut to what belongs to the response's tokens.
 

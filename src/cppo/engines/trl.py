@@ -128,6 +128,19 @@ class TrustRegionTrainer(GRPOTrainer):
         self._trust_generated_at = 0
         self._trust_rewards: Tensor | None = None
 
+    def set_rule(self, rule: TrustRegion) -> None:
+        """Go on with other parameters of the rule, from the next loss on; call it on every process.
+
+        Raises
+        ------
+        ValueError : the rule needs another divergence, for which nothing has been prepared.
+        """
+        if rule.divergence != self._trust_rule.divergence:
+            raise ValueError(
+                f"the rule needs {rule.divergence!r}, and the trainer measures {self._trust_rule.divergence!r}."
+            )
+        self._trust_rule = rule
+
     # -- the seam -----------------------------------------------------------------------------------------------
 
     @torch.no_grad()

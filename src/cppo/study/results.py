@@ -19,6 +19,7 @@ import numpy as np
 from cppo.study.plan import Plan, PlannedRun
 from cppo.study.statistics import Estimate, Figure, mean_interval, paired_difference, probability_of_improvement
 from cppo.study.status import read_errors
+from cppo.training.calibration import rule_as_run
 from cppo.training.problems import read_problems
 from cppo.training.recorder import read_metrics
 from cppo.training.summary import STEP_TIME, best_evaluation
@@ -197,11 +198,9 @@ def read_results(plan: Plan, errors: Mapping[str, str] | None = None) -> Results
     errors = read_errors(plan.folder) if errors is None else errors
     records = [read_run(plan, run, errors.get(run.name)) for run in plan.trained]
     results = summarise(plan.kind, [variant.name for variant in plan.variants], records, plan.baseline)
-    rules = {run.variant: run.config.rule for run in plan.trained}
     for variant in results.variants:
-        rule = rules[variant.name]
-        shown = ", ".join(f"{key}={value}" for key, value in rule.parameters.items())
-        variant.rule = f"{rule.name}({shown})"
+        runs = [run for run in plan.trained if run.variant == variant.name]
+        variant.rule = rule_as_run(runs[0].config.rule, [plan.folder_of(run) for run in runs])
     return results
 
 

@@ -37,7 +37,7 @@ def _points(estimate: Estimate | None) -> str:
     return _cell(estimate, lambda value: f"{100 * value:+.1f}")
 
 
-def _share(estimate: Estimate | None) -> str:
+def share(estimate: Estimate | None) -> str:
     return _cell(estimate, lambda value: f"{value:.2f}")
 
 
@@ -81,7 +81,7 @@ def _scores(variant: VariantSummary) -> tuple[str, ...]:
         str(done) if done == planned else f"{done} of {planned}",
         percent(variant.best.get(MEAN)),
         percent(variant.final.get(MEAN)),
-        _against(variant, _share(variant.improvement)),
+        _against(variant, share(variant.improvement)),
     )
 
 
@@ -154,13 +154,13 @@ def markdown(results: Results) -> str:
     """The same as Markdown."""
     parts = [f"# {results.kind}"]
     for table in cells(results):
-        lines = [_line(table.columns), _line(["---", *["---:"] * (len(table.columns) - 1)])]
-        parts += [f"## {table.title}", "\n".join([*lines, *map(_line, table.rows)])]
+        lines = [line(table.columns), line(["---", *["---:"] * (len(table.columns) - 1)])]
+        parts += [f"## {table.title}", "\n".join([*lines, *map(line, table.rows)])]
     rules = [f"- {variant.name}: {variant.rule}" for variant in results.variants if variant.rule]
     if rules:
         parts += ["## What was run", "\n".join(rules)]
     return "\n\n".join([*parts, *notes(results)]) + "\n"
 
 
-def _line(fields: Sequence[str]) -> str:
+def line(fields: Sequence[str]) -> str:
     return "| " + " | ".join(field.replace("|", "\\|") for field in fields) + " |"

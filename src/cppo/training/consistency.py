@@ -64,7 +64,7 @@ SAMPLING: Mapping[str, tuple[object, ...]] = {
 
 def problems(config: Config) -> list[str]:
     """Every contradiction in `config`; empty if there is none."""
-    checks = (_task, _batches, _model, _trust_region, _optimizer, _trl)
+    checks = (_task, _batches, _model, _trust_region, _calibration, _optimizer, _trl)
     return [problem for check in checks for problem in check(config)]
 
 
@@ -121,6 +121,11 @@ def _model(config: Config) -> Iterator[str]:
             f"tiny.hidden_size is {tiny.hidden_size} and tiny.heads {tiny.heads}: each head needs an even width. "
             f"Set tiny.hidden_size to a multiple of {2 * tiny.heads}."
         )
+    if tiny.experts is not None and tiny.experts_per_token > tiny.experts:
+        yield (
+            f"tiny.experts_per_token is {tiny.experts_per_token}, more than the {tiny.experts} of tiny.experts. "
+            "Lower it or raise tiny.experts."
+        )
     for name, value in (("rollout", config.rollout.max_new_tokens), ("evaluation", limit)):
         if value is not None and value >= tiny.max_positions:
             yield (
@@ -153,6 +158,24 @@ def _trust_region(config: Config) -> Iterator[str]:
             "updates is 1: each rollout batch gets one update, on the weights that sampled it, so the rule "
             f"{config.rule.name!r} "
             "can never act. Set updates=2 or more, or rule=none if this is meant."
+        )
+
+
+def _calibration(config: Config) -> Iterator[str]:
+    steps, warmup = config.calibration.steps, config.optimizer.warmup_steps
+    names = " and ".join(f"rule.{name}" for name in config.rule.automatic)
+    if not names:
+        return
+    if steps >= config.steps:
+        yield (
+            f"{names} is auto with calibration.steps={steps} and steps={config.steps}: what all these rollout batches "
+            f"give would never be used. Set steps={steps + 1} or more, or calibration.steps lower."
+        )
+    if config.optimizer.lr_scheduler != "constant" and warmup > steps * config.updates / 2:
+        yield (
+            f"{names} is auto with optimizer.warmup_steps={warmup}, more than half of the {steps * config.updates} "
+            "updates of the calibration: the policy hardly moves in them, and the thresholds would be too tight. Set "
+            f"calibration.steps={-(-2 * warmup // config.updates)}."
         )
 
 

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from cppo.errors import UserError
 from cppo.training import files
+from cppo.training.calibration import truncate_calibration
 from cppo.training.checkpoints import Checkpoints
 from cppo.training.config import Config
 from cppo.training.problems import keep_problems
@@ -107,7 +108,8 @@ def versions() -> dict[str, Any]:
 
 
 def latest_state(folder: Path, checkpoints: Checkpoints, warmup: Checkpoints) -> list[dict[str, Any]]:
-    """Cut metrics, positions and samples back to the newest whole checkpoint; returns the metrics that stay.
+    """Cut what grew (metrics, positions, samples, calibration) back to the newest whole checkpoint; returns the metrics
+    that stay.
 
     Three stages: RL has a checkpoint at step s (rows up to s stay); the warm-up is done (its rows stay, and the
     evaluation before RL); the warm-up has a checkpoint at update u (its rows up to u stay).
@@ -128,6 +130,7 @@ def latest_state(folder: Path, checkpoints: Checkpoints, warmup: Checkpoints) ->
     else:
         files.truncate_after(folder / METRICS_FILE, step)
     truncate_records(folder, step or 0)
+    truncate_calibration(folder, step or 0)
     rows = read_metrics(folder)
     keep_problems(folder, {row["step"] for row in rows if row["kind"] == "evaluation"})
     return rows

@@ -249,6 +249,12 @@ def _rule(config: Config, engine: str) -> Iterator[Setting]:
             "rollout engines report log-probabilities of a few ids. Set rule.divergence=topk_tv, or topk_tv_upper for "
             "a bound from above, or train with `cppo train`."
         )
+    if automatic := config.rule.automatic:
+        raise UserError(
+            f"rule.{' and rule.'.join(automatic)} is auto, which `cppo train` finds in its first rollout batches; a "
+            "run of verl cannot. Dump some rollouts (docs/inspect.md), propose thresholds with `cppo calibrate DUMP "
+            f"--rule {name}`, and give the numbers."
+        )
     yield setting(f"{loss}._target_", "cppo.engines.verl.config.TrustRegionLossConfig")
     yield setting(f"{loss}.loss_mode", "cppo" if name == "cppo" else f"cppo_{name}", "rule")
     for parameter, value in config.rule.parameters.items():

@@ -16,6 +16,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from cppo.errors import UserError
@@ -47,29 +49,44 @@ def character_tokenizer(alphabet: str) -> PreTrainedTokenizerBase:
 def tiny_model(settings: Any, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
     """A Qwen3-architecture model with random weights (`settings`: the recipe's section ``tiny``), float32.
 
+    With `settings.experts` it is a mixture of experts: every layer has that many, and the router's weights are
+    normalised over those that a token takes.
+
     The initial scale matters at this width: with transformers' default of 0.02 a model of width 64 did not learn, with
     0.1 it did.
     """
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=settings.hidden_size,
-        intermediate_size=settings.intermediate_size or 4 * settings.hidden_size,
-        num_hidden_layers=settings.layers,
-        num_attention_heads=settings.heads,
-        num_key_value_heads=settings.heads,
-        head_dim=settings.hidden_size // settings.heads,
-        max_position_embeddings=settings.max_positions,
-        initializer_range=settings.initializer_range,
-        tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-        rope_parameters={"rope_type": "default", "rope_theta": settings.rope_theta},
-    )
+    taken = 1 if settings.experts is None else settings.experts_per_token
+    width = settings.intermediate_size or 4 * settings.hidden_size // taken
+    common = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": settings.hidden_size,
+        "intermediate_size": width,
+        "num_hidden_layers": settings.layers,
+        "num_attention_heads": settings.heads,
+        "num_key_value_heads": settings.heads,
+        "head_dim": settings.hidden_size // settings.heads,
+        "max_position_embeddings": settings.max_positions,
+        "initializer_range": settings.initializer_range,
+        "tie_word_embeddings": True,
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": None,
+        "rope_parameters": {"rope_type": "default", "rope_theta": settings.rope_theta},
+    }
+    mixture = {
+        "num_experts": settings.experts,
+        "num_experts_per_tok": taken,
+        "moe_intermediate_size": width,
+        "norm_topk_prob": True,
+    }
     # A generator of its own would not reach the model's initialisers; the global one is put back afterwards.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Qwen3ForCausalLM(config)
+        model: PreTrainedModel
+        if settings.experts is None:
+            model = Qwen3ForCausalLM(Qwen3Config(**common))
+        else:
+            model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**common, **mixture))
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model

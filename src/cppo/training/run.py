@@ -32,10 +32,13 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from cppo.engines.trl import TrustRegionTrainer, trust_region_config
+from cppo.engines.trl import Observer, TrustRegionTrainer, trust_region_config
 from cppo.errors import UserError
+from cppo.rules import Verdict
 from cppo.tasks import Example, Task, make_task
+from cppo.tokens import TokenBatch
 from cppo.training import files
+from cppo.training.calibration import Calibration
 from cppo.training.callbacks import NonFiniteGuard, SaveOnBoundary, StopRequest
 from cppo.training.checkpoints import Checkpoints
 from cppo.training.config import Config
@@ -186,7 +189,8 @@ class Run:
         rows = [i % len(examples) for i in range(config.steps * config.rollout.prompts)]
         kwargs = trl_config_kwargs(config, str(self.checkpoints.saving), PartialState().num_processes)
         kwargs.setdefault("run_name", self.folder.name)  # in trackers
-        rule = config.make_rule()
+        calibration = Calibration(config, self.folder, self.checkpoints.latest() or 0, self.progress.note)
+        rule = calibration.rule
         samples = config.samples
         recorder = RunRecorder(self.folder, tokenizer, samples.every, samples.count, config.updates, rule.divergence)
         guard = NonFiniteGuard(self.checkpoints)
@@ -203,12 +207,12 @@ class Run:
             topk_anchor=config.topk_anchor,
             topk_store=config.topk_store,
             zero_spread_filter=config.advantages.zero_spread_filter,
-            observer=recorder if self.main else None,
+            observer=_observers(*([recorder] if self.main else []), *([] if calibration.done else [calibration])),
             peft_config=peft_config(config),
             callbacks=[guard],
         )
         trainer.add_callback(SaveOnBoundary(self.checkpoints, lambda update: update // config.updates))
-        trainer.add_callback(StepCallback(self, recorder, guard, tokenizer, trainer))
+        trainer.add_callback(StepCallback(self, recorder, guard, tokenizer, trainer, calibration))
         for quiet in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(quiet)
         return trainer
@@ -234,6 +238,16 @@ class Run:
         if (self.checkpoints.latest() or 0) < self.config.steps:
             raise self.interrupted()
         self.evaluate(self.policy_of(trainer), tokenizer, self.config.steps, trainer)
+
+
+def _observers(*observers: Observer) -> Observer | None:
+    """All of them as one; None where there is none."""
+
+    def observe(batch: TokenBatch, verdict: Verdict, inputs: dict[str, Any], update: int) -> None:
+        for observer in observers:
+            observer(batch, verdict, inputs, update)
+
+    return observe if observers else None
 
 
 def reward_function(task: Task, examples: Sequence[Example]) -> Any:

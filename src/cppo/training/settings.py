@@ -13,9 +13,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from cppo.rules import TrustRegion, make_rule
+from cppo.errors import UserError
+from cppo.rules import RULES, TrustRegion, make_rule
 from cppo.rules.base import nearest
 from cppo.training import yaml_io
+from cppo.training.thresholds import AUTO, check_automatic
 
 
 def _whole(value: Any) -> Any:
@@ -52,7 +54,11 @@ class Tiny(Section):
     heads: Count = 4
     """Attention heads a layer."""
     intermediate_size: Count | None = None
-    """Width of the feed-forward part, in units; null: 4 * hidden_size."""
+    """Width of the feed-forward part (of an expert), in units; null: 4 * hidden_size over the experts a token takes."""
+    experts: Count | None = None
+    """Experts a layer, as in the Qwen3 mixture-of-experts models; null: dense."""
+    experts_per_token: Count = 2
+    """Experts that each token takes, at most `experts`."""
     max_positions: Count = 512
     """Longest prompt and response together, in tokens."""
     initializer_range: Positive = 0.1
@@ -112,17 +118,39 @@ class RuleSettings(Section):
             )
         given = {"name": "cppo", **value}
         name = given.pop("name")
+        known = RULES[name].__dataclass_fields__ if isinstance(name, str) and name in RULES else {}  # type: ignore[attr-defined]
+        automatic = check_automatic(name, {key: given[key] for key in known if key in given})
         try:
-            rule = make_rule(name, **given)
+            rule = make_rule(name, **{key: value for key, value in given.items() if key not in automatic})
         except (ValueError, TypeError) as error:
             # "cppo: delta is ..." -> the key as it is written in a recipe
             raise ValueError(re.sub(rf"^{re.escape(str(name))}: (?=\w+ is )", "rule.", str(error))) from error
-        return {"name": name, **rule.parameters()}
+        return {"name": name, **rule.parameters(), **dict.fromkeys(automatic, AUTO)}
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """The rule's parameters by name, all of them."""
+        """The rule's parameters by name, all of them; `auto` where a threshold sets itself."""
         return dict(self.model_extra or {})
+
+    @property
+    def automatic(self) -> list[str]:
+        """Names of the thresholds that set themselves (`auto`)."""
+        return check_automatic(self.name, self.parameters)
+
+    def make(self, thresholds: Mapping[str, float] | None = None) -> TrustRegion:
+        """The rule as an object; `auto` is what `thresholds` says, else the rule's default."""
+        automatic = self.automatic
+        fixed = {key: value for key, value in self.parameters.items() if key not in automatic}
+        return make_rule(self.name, **fixed, **{key: (thresholds or {})[key] for key in automatic if thresholds})
+
+
+class Calibration(Section):
+    """Thresholds that set themselves: `rule.delta=auto`, or any other threshold of a rule."""
+
+    target: Annotated[float, Field(gt=0, lt=1)] = 0.01
+    """Share of the loss tokens to hold back (cispo, minpro: to clamp), as the mean over the updates of a batch."""
+    steps: Count = 4
+    """Rollout batches after which the thresholds stay as they are; the first of several gives a first guess alone."""
 
 
 class Warmup(Section):
@@ -240,6 +268,7 @@ class Config(Section):
     tiny: Tiny = Field(default_factory=Tiny)
     task: TaskSettings = Field(default_factory=TaskSettings)
     rule: RuleSettings = Field(default_factory=lambda: RuleSettings.model_validate({}))
+    calibration: Calibration = Field(default_factory=Calibration)
     top_k: Count = 20
     """K of the top-K and adaptive divergences: tokens of the rollout policy that are classes of their own."""
     topk_variant: Literal["append", "replace_last"] = "append"
@@ -296,8 +325,19 @@ class Config(Section):
         return self
 
     def make_rule(self) -> TrustRegion:
-        """The trust region as an object."""
-        return make_rule(self.rule.name, **self.rule.parameters)
+        """The trust region as an object.
+
+        Raises
+        ------
+        UserError : a threshold is `auto`: which one it is is known in a run alone
+            (`cppo.training.calibration.rule_of_run`).
+        """
+        if names := self.rule.automatic:
+            raise UserError(
+                f"rule.{' and rule.'.join(names)} is auto: the thresholds are found in a run, by what its first "
+                "rollout batches show (calibration.json in the run folder). Give a number here."
+            )
+        return self.rule.make()
 
     def to_yaml(self) -> str:
         """The settings as YAML with every key written out; `load_config` of that text gives an equal Config."""

@@ -14,6 +14,7 @@ from cppo.training.warmup import logging_steps
 
 if TYPE_CHECKING:
     from cppo.engines.trl import TrustRegionTrainer
+    from cppo.training.calibration import Calibration
     from cppo.training.config import Config
     from cppo.training.run import Run
 
@@ -58,8 +59,10 @@ class StepCallback(TrainerCallback):
         guard: NonFiniteGuard,
         tokenizer: PreTrainedTokenizerBase,
         trainer: TrustRegionTrainer,
+        calibration: Calibration,
     ) -> None:
         self.run, self.recorder, self.guard, self.tokenizer, self.trainer = run, recorder, guard, tokenizer, trainer
+        self.calibration, self.thresholds = calibration, calibration.thresholds
         self.figures: dict[str, Any] = {}
         self.masked: list[float] = []
         self.told_all_equal = False
@@ -76,6 +79,7 @@ class StepCallback(TrainerCallback):
         step = -(-state.global_step // updates)
         if state.global_step % updates == 0:
             row |= self.recorder.figures
+        row |= {f"rule/{name}": value for name, value in self.thresholds.items()}
         self.run.log(step=step, update=state.global_step, kind="train", **row)
         if row.get("frac_reward_zero_std") == 1 and not self.told_all_equal:
             self.told_all_equal = True
@@ -94,12 +98,15 @@ class StepCallback(TrainerCallback):
         control.should_log = True
         # within a rollout batch there is no point from which to resume
         control.should_save = False
+        self.thresholds = self.calibration.thresholds  # as they were in this update; `on_log` comes later
         if state.global_step % config.updates:
             return
         step = state.global_step // config.updates
         final = step == config.steps
         if run.main:
             self.recorder.end_of_step(step, last=final)
+        if (rule := self.calibration.end_of_step(step)) is not None:
+            self.trainer.set_rule(rule)
         if any_process(run.stop.requested) and not final:
             control.should_save = control.should_training_stop = True
         elif final or step % config.save_every == 0 or due_for_evaluation(config, step):

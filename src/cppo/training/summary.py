@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from cppo.training.calibration import CALIBRATION_FILE, show
 from cppo.training.files import atomic_write_text, read_jsonl
 from cppo.training.plots import before_and_after, benchmarks
 from cppo.training.progress import duration
@@ -113,11 +114,27 @@ def _what(root: Path, rows: Sequence[Row]) -> str:
     lines: list[tuple[str, str]] = [
         (name, _described(config.get(name))) for name in ("model", "task", "rule", "seed") if name in config
     ]
+    if calibrated := _calibrated(root):
+        lines.append(("thresholds that set themselves", calibrated))
     made = f"{steps} (rollout batches), {len(train)} updates" if train else "none yet"
     lines.append(("steps done", made))
     if versions:
         lines.append(("versions", ", ".join(f"{key} {_short(value)}" for key, value in versions.items())))
     return _table(("", ""), lines)
+
+
+def _calibrated(root: Path) -> str:
+    """What `auto` was, from calibration.json; "" in a run without it."""
+    record = _load(root / CALIBRATION_FILE)
+    if not record.get("history"):
+        return ""
+    last = record["history"][-1]
+    if record["thresholds"] is None:
+        return f"not found yet: {last.get('why', 'the calibration goes on')}"
+    return (
+        f"{show(record['thresholds'])}, from step {last['step'] + 1} on: of the {last['tokens']:,} tokens they were "
+        f"solved on they would have held back {last['share']:.2%} (target {record['target']:.2%})"
+    )
 
 
 def _three(value: Any) -> str:
@@ -265,6 +282,7 @@ def _where(root: Path, rows: Sequence[Row]) -> str:
         ("samples/", "sampled responses with the reason of each token"),
         ("metrics.jsonl", "every update and evaluation, one JSON object a line"),
         ("positions.jsonl", "divergence by position in the response"),
+        (CALIBRATION_FILE, "thresholds that set themselves, and on what they were found"),
         ("certificates.jsonl", "how large the surrogate's error can be: `cppo bound --run` shows it"),
         ("plots/", "reward, Avg@k, held-back tokens, divergence by position, certificates"),
         ("config.yaml", "the resolved configuration: `cppo train config.yaml` repeats the run"),
