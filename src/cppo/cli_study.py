@@ -1,4 +1,4 @@
-"""The commands of a study: compare, inspect, calibrate. `register` adds them to the program."""
+"""The commands of a study: compare, report, inspect, calibrate. `register` adds them to the program."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cppo.errors import UserError
 
 def register(app: typer.Typer, sentences: Callable[..., Any]) -> None:
     """Add the commands to `app`, each wrapped in `sentences` (mistakes of the user as a sentence)."""
-    for command in (compare, inspect, calibrate):
+    for command in (compare, report, inspect, calibrate):
         app.command()(sentences(command))
 
 
@@ -61,6 +61,25 @@ def compare(
     )
     if status:
         raise typer.Exit(status)
+
+
+def report(
+    source: Annotated[Path, typer.Argument(metavar="RUN|STUDY", help="A run, a study, or a dump of `cppo inspect`.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="The HTML file (default: report.html in the folder).")
+    ] = None,
+    open_page: Annotated[bool, typer.Option("--open", help="Show it in the browser.")] = False,
+    figures: Annotated[
+        Path | None, typer.Option("--figures", metavar="DIR", help="Write the figures there, too, as PNG and SVG.")
+    ] = None,
+) -> None:
+    """One HTML file about a run or a study: curves, tables, and every token under every rule.
+
+    cppo report studies/compare-arithmetic-001 --open
+    """
+    from cppo import cli_report
+
+    cli_report.run(source, out, open_page, figures)
 
 
 def inspect(

@@ -1,0 +1,105 @@
+"""The command: where it writes, what it says, what it refuses; and the figures for papers."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import os
+import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+
+from cppo import cli_report
+from cppo.cli_compare import compare
+from cppo.cli_report import run
+from cppo.errors import UserError
+from cppo.report.charts import Section
+from cppo.report.figures import draw, draw_threshold, write_figures
+from cppo.report.page import build
+from cppo.report.source import open_source
+
+from .made import TRAINING, plan_of, write_run
+
+
+def said(*arguments, **options):
+    console = Console(file=io.StringIO(), width=200)
+    run(*arguments, console=console, **options)
+    return console.file.getvalue()
+
+
+def test_default_place_and_words(tmp_path):
+    config = plan_of(tmp_path / "plan", ("cppo",), 1).trained[0].config
+    folder = write_run(tmp_path / "run", config, last=4)
+    text = said(folder)
+    assert (folder / "report.html").is_file()
+    assert "Note: This run is in progress or was stopped: step 4 of 8." in text and "Written: " in text
+
+
+def test_every_chart_can_be_drawn(study, report):
+    for chart in [*report.charts, *build(open_source(study / "runs" / "cppo-seed0")).charts]:
+        (ax,) = draw(chart).axes
+        assert ax.get_title(loc="left") == chart.title
+        drawn = {"lines": ax.lines, "stack": ax.patches, "intervals": ax.lines}[chart.kind]
+        assert len(drawn) >= len(chart.lines or chart.layers or chart.bars)
+    assert draw_threshold(report.tokens.as_json()) is not None
+
+
+def test_figures_are_whole_files_and_always_the_same(report, tmp_path):
+    kinds = {chart.kind: chart for chart in report.charts}
+    few = replace(report, result=[], sections=[Section("some", "Some", "", list(kinds.values()))])
+    paths = write_figures(few, tmp_path / "figures")
+    names = {path.stem for path in paths}
+    assert names == {chart.name for chart in kinds.values()} | {"threshold"} and len(kinds) == 3
+    assert {path.suffix for path in paths} == {".png", ".svg"} and len(paths) == 2 * len(names)
+    for path in paths:
+        if path.suffix == ".png":
+            assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and path.stat().st_size > 5000
+        else:
+            assert ElementTree.parse(path).getroot().tag.endswith("svg")
+    before = {path.name: path.read_bytes() for path in paths}
+    assert {path.name: path.read_bytes() for path in write_figures(few, tmp_path / "figures")} == before
+
+
+def test_opening(study, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(cli_report.webbrowser, "open", lambda uri: seen.append(uri) or False)
+    monkeypatch.setattr("cppo.report.figures.write_figures", lambda report, folder: [folder / "reward.png"])
+    text = said(study, tmp_path / "page.html", open_page=True, figures=tmp_path / "figures")
+    assert f"Written to {tmp_path / 'figures'}: 1 files" in text
+    assert seen == [(tmp_path / "page.html").as_uri()] and "no browser" in text
+
+
+def test_refusals(study, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="is a folder"):
+        run(study, tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"--figures .* is a file"):
+        run(study, tmp_path / "page.html", figures=tmp_path / "file")
+    with pytest.raises(UserError, match="there is nothing at"):
+        run(tmp_path / "missing")
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "jinja2" else found(name))
+    with pytest.raises(UserError, match=r"needs jinja2 .* pip install 'cppo\[study\]'"):
+        run(study)
+
+
+@pytest.mark.slow
+def test_a_real_study(tmp_path, monkeypatch):
+    """Two rules trained by real processes, and the report of what they wrote."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(TRAINING), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.syspath_prepend(str(TRAINING))
+    monkeypatch.chdir(tmp_path)
+    tiny = ["tiny.hidden_size=32", "tiny.layers=1", "tiny.heads=2", "warmup.steps=4", "warmup.batch_size=16"]
+    batch = ["rollout.prompts=4", "rollout.responses=4", "rollout.max_new_tokens=24", "updates=2", "steps=2"]
+    limits = ["rule.delta=0.1", "rule.delta_b=0.001", "optimizer.learning_rate=0.003", "samples.every=1"]
+    evaluation = ["evaluation.problems=2", "evaluation.samples=2"]
+    settings = ["task=toy_task:Letters", *tiny, *batch, *limits, *evaluation]
+    console = Console(file=io.StringIO(), width=120)
+    assert compare(None, settings, rules="dppo,cppo", seeds=1, jobs=2, out=tmp_path / "study", console=console) == 0
+    report = build(open_source(tmp_path / "study"))
+    names = {chart.name for chart in report.charts}
+    assert {"result", "reward", "avg-letters", "length", "entropy", "masked", "drift", "relative", "surrogate"} <= names
+    assert {response["run"] for response in report.tokens.responses} == {"dppo-seed0", "cppo-seed0"}
+    assert report.source.marks == [] and (run(tmp_path / "study")).stat().st_size < 1_000_000
