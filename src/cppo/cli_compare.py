@@ -67,6 +67,8 @@ def compare(
                 "For another study leave it out."
             )
         plan = store.load_plan(existing)
+        if plan.kind != "compare":
+            raise UserError(f"{existing} is a study of cppo {plan.kind}: cppo {plan.kind} {chosen[0]} {existing}.")
         if baseline is not None:
             names = [variant.name for variant in plan.variants]
             if baseline not in names:

@@ -1,4 +1,4 @@
-"""The commands of a study: compare, report, inspect, calibrate. `register` adds them to the program."""
+"""The commands of a study: compare, ablate, report, inspect, calibrate. `register` adds them to the program."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cppo.errors import UserError
 
 def register(app: typer.Typer, sentences: Callable[..., Any]) -> None:
     """Add the commands to `app`, each wrapped in `sentences` (mistakes of the user as a sentence)."""
-    for command in (compare, report, inspect, calibrate):
+    for command in (compare, ablate, report, inspect, calibrate):
         app.command()(sentences(command))
 
 
@@ -58,6 +58,79 @@ def compare(
     recipe, settings = split_arguments(arguments or [])
     status = run(
         recipe, settings, rules=rules, seeds=seeds, jobs=jobs, out=out, resume=resume, show=show, baseline=baseline
+    )
+    if status:
+        raise typer.Exit(status)
+
+
+def ablate(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[RECIPE] [KEY=VALUE]...",
+            help="A recipe or YAML file (default: arithmetic), then settings: for all, or for one (dppo.delta=0.05).",
+        ),
+    ] = None,
+    only: Annotated[
+        str | None,
+        typer.Option(
+            "--only",
+            help="Suites, commas between: mechanisms, grid, shapes, delta, length, staleness, frontier (default: all).",
+        ),
+    ] = None,
+    seeds: Annotated[int | None, typer.Option("--seeds", help="How many, from the recipe's on (default 5).")] = None,
+    jobs: Annotated[
+        int | None, typer.Option("--jobs", help="Runs at a time (default: half of the cores, or one a GPU).")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="The study's folder (default: studies/ablate-...).")
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option("--resume", metavar="DIR", help="Go on with the study in this folder.")
+    ] = None,
+    show: Annotated[
+        Path | None, typer.Option("--show", metavar="DIR", help="Only print what that study has so far.")
+    ] = None,
+    list_only: Annotated[
+        bool, typer.Option("--list", "--dry-run", help="Only say what would be run, and about how long it takes.")
+    ] = False,
+    rules: Annotated[
+        str | None, typer.Option("--rules", help="Of delta, length, staleness, frontier: names with commas between.")
+    ] = None,
+    learning_rates: Annotated[
+        str | None, typer.Option("--learning-rates", help="Of frontier (default: the recipe's times 1/2 ... 8).")
+    ] = None,
+    updates: Annotated[
+        str | None, typer.Option("--updates", help="Updates a rollout batch, of frontier and staleness.")
+    ] = None,
+    targets: Annotated[
+        str | None, typer.Option("--targets", help="Shares of masked tokens of delta (default: 0.003,0.01,0.03,0.1).")
+    ] = None,
+) -> None:
+    """What do the parts of CPPO do, and how far can it be pushed? Suites of matched runs, with intervals.
+
+    cppo ablate --only mechanisms --seeds 1 steps=10
+
+    cppo ablate --list
+    """
+    from cppo import cli_ablate
+    from cppo.cli import split_arguments
+
+    recipe, settings = split_arguments(arguments or [])
+    status = cli_ablate.run(
+        recipe,
+        settings,
+        only=only,
+        seeds=seeds,
+        jobs=jobs,
+        out=out,
+        resume=resume,
+        show=show,
+        list_only=list_only,
+        rules=rules,
+        learning_rates=learning_rates,
+        updates=updates,
+        targets=targets,
     )
     if status:
         raise typer.Exit(status)

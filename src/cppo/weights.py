@@ -1,6 +1,11 @@
-"""Position weights w_t of CPPO (Eq. 9), their prefix sums in closed form, and the seeded shuffle of the ablation."""
+"""Position weights w_t of CPPO (Eq. 9), their prefix sums in closed form; for ablations other shapes and a seeded
+shuffle.
+"""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -23,6 +28,29 @@ def linear_prefix_weight(position: Tensor, count: Tensor, w_min: float) -> Tenso
     """
     slope = (1 - w_min) / (2 * (count - 1).clamp(min=1))
     return (position - 1).mul_(-slope).add_(1).mul_(position)
+
+
+def cosine_weights(position: Tensor, count: Tensor, w_min: float) -> Tensor:
+    """w_t = w_min + (1 - w_min) (1 + cos(pi (t - 1)/(T - 1))) / 2; w = 1 where T = 1."""
+    return (1 + (position * (math.pi / (count - 1).clamp(min=1))).cos()) * ((1 - w_min) / 2) + w_min
+
+
+def matched_weights(position: Tensor, count: Tensor, w_min: float) -> Tensor:
+    """w_t = max(w_min, (T - t)/(T - 1)): as the residual weighs a token (Prop. 4), with a floor; w = 1 where T = 1."""
+    return (1 - position / (count - 1).clamp(min=1)).clamp(min=w_min)
+
+
+def reversed_weights(position: Tensor, count: Tensor, w_min: float) -> Tensor:
+    """The linear weights from the end, w_1 = w_min, w_T = 1: late tokens are limited most."""
+    return linear_weights(count - 1 - position, count, w_min)
+
+
+#: Shapes without a closed prefix sum: (t - 1, T, w_min) -> w_t, broadcastable. As in `cppo.theory.schedules`.
+SHAPES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
+    "cosine": cosine_weights,
+    "matched": matched_weights,
+    "reversed": reversed_weights,
+}
 
 
 def _mix(x: Tensor) -> Tensor:

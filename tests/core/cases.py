@@ -46,6 +46,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "cppo capped": ("cppo", {"ratio_cap": 1.1}),
     "cppo quantile": ("cppo", {"quantile": 0.5, "quantile_scale": 1.5, "budget_max": 5.0, "delta_b": 0.005}),
     "cppo kl": ("cppo", {"delta": 0.1, "delta_b": 0.002, "divergence": "binary_kl"}),
+    "cppo cosine": ("cppo", {"weights": "cosine", "delta": 0.1, "w_min": 0.5, "budget": "fixed", "delta_b": 0.03}),
+    "cppo matched": ("cppo", {"weights": "matched", "delta": 0.1, "w_min": 0.3, "delta_b": 0.03}),
+    "cppo reversed": ("cppo", {"weights": "reversed", "delta": 0.1, "w_min": 0.5, "budget": "fixed", "delta_b": 0.03}),
     "cppo shuffled": ("cppo", {"weights": "shuffled", "delta": 0.1, "w_min": 0.5, "budget": "fixed", "delta_b": 0.03}),
 }
 NEEDS_DIVERGENCE = [case for case, (name, _) in CASES.items() if name in reference.NEEDS_DIVERGENCE]

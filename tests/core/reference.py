@@ -69,6 +69,19 @@ def linear_weights(count: int, w_min: float) -> list[float]:
     return [1.0 if count == 1 else 1.0 - (1.0 - w_min) * t / (count - 1) for t in range(count)]
 
 
+def shaped_weights(shape: str, count: int, w_min: float) -> list[float]:
+    """The other schedules, position by position; a single token weighs 1."""
+    if count == 1:
+        return [1.0]
+    t = range(1, count + 1)
+    if shape == "cosine":
+        return [w_min + (1 - w_min) * (1 + math.cos(math.pi * (k - 1) / (count - 1))) / 2 for k in t]
+    if shape == "matched":
+        return [max(w_min, (count - k) / (count - 1)) for k in t]
+    assert shape == "reversed"
+    return [w_min + (1 - w_min) * (k - 1) / (count - 1) for k in t]
+
+
 def reciprocal(x: float) -> float:
     """g(x) = min(1, 1/x), the soft gate of Eq. 20."""
     return 1.0 if x <= 1.0 else 1.0 / x
@@ -270,6 +283,8 @@ def cppo(
         w = linear_weights(count, w_min)
     elif weights == "none":
         w = [1.0] * count
+    elif isinstance(weights, str):
+        w = shaped_weights(weights, count, w_min)
     else:
         w = [float(value) for value in weights]
     slope = delta_b

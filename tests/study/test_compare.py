@@ -180,6 +180,12 @@ def test_show_and_baseline(study):
         compare(None, [], show=plan.folder, baseline="grpo", console=console)
 
 
+def test_another_kind_of_study_is_not_taken_for_a_comparison(tmp_path):
+    plan = open_study(dataclasses.replace(plan_of(tmp_path / "study"), kind="ablate"), {})
+    with pytest.raises(UserError, match="is a study of cppo ablate: cppo ablate --show"):
+        compare(None, [], show=plan.folder)
+
+
 def test_status_of_the_command(study):
     plan, go, _ = study
     console = Console(file=io.StringIO(), width=120)

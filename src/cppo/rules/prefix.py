@@ -25,7 +25,7 @@ from cppo.rules.base import (
 from cppo.rules.gates import Gate, resolve
 from cppo.rules.ratio import clamp_reason
 from cppo.tokens import TokenBatch
-from cppo.weights import linear_prefix_weight, linear_weights, shuffled_position
+from cppo.weights import SHAPES, linear_prefix_weight, linear_weights, shuffled_position
 
 
 @register
@@ -56,9 +56,10 @@ class CPPO(TrustRegion):
         w_min.
     budget : "adaptive" or "fixed".
     w_min : weight of the last token, in (0, 1].
-    weights : "linear" (Eq. 9), "none" (w = 1) or "shuffled": the same multiset w_1..w_T re-assigned at random within
-        each response (an ablation). The assignment depends on `seed`, the position and log mu(y_t) only, so it is the
-        same in every update of a rollout batch and under any padding, packing or splitting.
+    weights : "linear" (Eq. 9), or for ablations: "none" (w = 1); "cosine" from 1 to w_min; "matched", max(w_min, (T -
+        t)/(T - 1)); "reversed", linear from w_min to 1; "shuffled", the linear weights re-assigned at random within
+        each response. The assignment depends on `seed`, the position and log mu(y_t) only, so it is the same in every
+        update of a rollout batch and under any padding, packing or splitting.
     prefix_budget : False leaves the token limit alone: c_t = delta.
     gate : soft gate instead of the hard mask (Eq. 19-20): "reciprocal", "sapo" or an admissible function of x; None:
         hard.
@@ -103,7 +104,7 @@ class CPPO(TrustRegion):
         require(ok, f"cppo: quantile is {self.quantile!r}, expected in [0, 1].")
         for name, value, known in (
             ("budget", self.budget, ("adaptive", "fixed")),
-            ("weights", self.weights, ("linear", "none", "shuffled")),
+            ("weights", self.weights, ("linear", "none", "shuffled", *SHAPES)),
         ):
             message = f"cppo: {name} is {value!r}, expected one of {', '.join(known)}.{nearest(value, known)}"
             require(value in known, message)
@@ -129,7 +130,10 @@ class CPPO(TrustRegion):
         if self.weights == "linear":
             before = linear_prefix_weight(position, count, self.w_min)
             return linear_weights(position, count, self.w_min), before, linear_prefix_weight(last, count, self.w_min)
-        weight = linear_weights(shuffled_position(batch, position, self.seed), count, self.w_min) * mask
+        if self.weights in SHAPES:
+            weight = SHAPES[self.weights](position, count, self.w_min) * mask
+        else:
+            weight = linear_weights(shuffled_position(batch, position, self.seed), count, self.w_min) * mask
         before = layout.exclusive_cumsum(weight)
         return weight, before, layout.maximum(before * mask)
 

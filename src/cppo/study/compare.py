@@ -14,8 +14,9 @@ What rules share comes from the recipe; a rule's own parameters are, in this ord
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from rich.console import Console
 
@@ -98,17 +99,27 @@ def execute(plan: Plan, jobs: int, console: Console) -> tuple[Results, bool]:
     ------
     UserError, KeyboardInterrupt : as of `Runner.run`; the files are written also then.
     """
+    results, errors = run_all(plan, jobs, console, write_results)
+    console.print(tables.rich_tables(results))
+    console.print(f"Written: {plan.folder / TABLE_FILE}, {plan.folder / RESULTS_FILE}", highlight=False, soft_wrap=True)
+    return results, not errors
+
+
+Written = TypeVar("Written")
+
+
+def run_all(
+    plan: Plan, jobs: int, console: Console, write: Callable[[Plan], Written]
+) -> tuple[Written, dict[str, str]]:
+    """Run what is not finished, then `write` the results, also after Ctrl-C; (what it returned, errors by run)."""
     with RunProgress(console) as progress:
         progress.note(f"{len(plan.trained)} runs, {jobs} at a time, {plan.threads} threads each; in {plan.folder}")
         try:
             errors = Runner(plan, jobs, progress).run()
         except KeyboardInterrupt:
-            write_results(plan)
+            write(plan)
             raise
-    results = write_results(plan)
-    console.print(tables.rich_tables(results))
-    console.print(f"Written: {plan.folder / TABLE_FILE}, {plan.folder / RESULTS_FILE}", highlight=False, soft_wrap=True)
-    return results, not errors
+    return write(plan), errors
 
 
 def write_results(plan: Plan) -> Results:

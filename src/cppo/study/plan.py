@@ -11,8 +11,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,8 @@ class Plan:
     runs: tuple[PlannedRun, ...]
     baseline: str | None = None
     """The variant that all others are measured against; None: the best of the others."""
+    details: Mapping[str, Any] = field(default_factory=dict)
+    """What a kind of study knows beside its runs, as plain types: which suites an ablation has."""
 
     def folder_of(self, run: PlannedRun) -> Path:
         """The run folder. Not read from the configuration, so that a study which was moved can be read."""
@@ -92,6 +94,7 @@ def make_plan(
     seeds: int,
     threads: int,
     baseline: str | None = None,
+    details: Mapping[str, Any] | None = None,
 ) -> Plan:
     """Resolve every run of a study.
 
@@ -101,7 +104,7 @@ def make_plan(
     folder : of the study; the runs' paths are absolute, so that they can be resumed from anywhere.
     recipe : a shipped recipe or a YAML file.
     settings : ``key=value`` for all variants; a variant's own come after them and win.
-    seeds : how many; the first is the recipe's.
+    seeds : how many; the first is the recipe's.  details : see `Plan.details`.
 
     Raises
     ------
@@ -119,12 +122,13 @@ def make_plan(
     first = load_config(recipe, list(settings)).seed
     warmups: dict[str, PlannedRun] = {}
     runs: list[PlannedRun] = []
+    resolved = {variant.name: load_config(recipe, [*settings, *variant.settings]) for variant in variants}
     # all variants of a seed before the next seed: a study that is stopped half way has whole comparisons
     for seed in range(first, first + seeds):
         for variant in variants:
             name = f"{variant.name}-seed{seed}"
-            config = load_config(recipe, [*settings, *variant.settings, f"seed={seed}"])
-            config = config.model_copy(update={"output_dir": str(root / place_of(name, variant.name))})
+            own = {"seed": seed, "output_dir": str(root / place_of(name, variant.name))}
+            config = resolved[variant.name].model_copy(update=own)
             after = None
             if config.model == "tiny":
                 after = _warmup(config, root, warmups)
@@ -143,6 +147,7 @@ def make_plan(
         threads,
         everything,
         baseline,
+        dict(details or {}),
     )
 
 

@@ -56,7 +56,7 @@ def _asked(plan: Plan) -> dict[str, Any]:
         "baseline": plan.baseline,
         "threads": plan.threads,
         "runs": [{"name": r.name, "variant": r.variant, "seed": r.seed, "after": r.after} for r in plan.runs],
-    }
+    } | ({"details": dict(plan.details)} if plan.details else {})
 
 
 def load_plan(folder: Path) -> Plan:
@@ -93,6 +93,7 @@ def load_plan(folder: Path) -> Plan:
             raw["threads"],
             runs,
             raw["baseline"],
+            raw.get("details", {}),
         )
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} is no plan of a study ({error!r}); it was changed by something else.") from error
@@ -110,6 +111,8 @@ def differences(before: Plan, now: Plan) -> str | None:
     names = [tuple(v.name for v in plan.variants) for plan in (before, now)]
     if names[0] != names[1]:
         return f"it compares {_shown(names[0])}, not {_shown(names[1])}"
+    if dict(before.details) != dict(now.details):
+        return "it groups the same configurations in another way"
     then = {run.name: run.config for run in before.runs}
     for run in (*now.trained, *now.runs):  # warm-ups last: their files name a rule, which does nothing there
         if run.name not in then:
