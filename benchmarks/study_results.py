@@ -1,0 +1,171 @@
+"""The committed study, seven rules x five seeds x two tasks: raw results, and the tables and figure of docs/results.md.
+
+    cppo compare benchmarks/study/chain-24.yaml --jobs 2 --out studies/chain-24          # an hour or two on two cores
+    cppo compare benchmarks/study/automaton-8x12.yaml --jobs 2 --out studies/automaton-8x12
+    python -m benchmarks.study_results --collect studies/chain-24 studies/automaton-8x12
+    python -m benchmarks.study_results --docs docs
+
+`--collect` writes benchmarks/results/study_<name>.json: every run's figures, reward curve and score of each held-out
+problem, its rule with all parameters, and the versions. `--docs` computes everything else from these files alone: the
+statistics are the same as those of `cppo compare --show` on the folders.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.scoring_report import fill
+from cppo.study import tables
+from cppo.study.results import MEAN, Results, RunRecord, read_results, summarise
+from cppo.study.statistics import Estimate, probability_of_improvement
+from cppo.study.store import load_plan
+from cppo.training import files, yaml_io
+from cppo.training.positions import rounded
+
+RESULTS = Path(__file__).parent / "results"
+NAMES = ("chain-24", "automaton-8x12")
+#: The rule that the second table measures the others against.
+SUBJECT = "cppo"
+
+
+# -- raw results -----------------------------------------------------------------------------------------------------
+
+
+def collect(folder: Path) -> Path:
+    """Write the raw results of a study's folder; no path of the machine is in them."""
+    plan = load_plan(folder)
+    results = read_results(plan)
+    study = yaml_io.read(folder / "study.yaml")
+    about = {
+        "study": folder.name,
+        "versions": {key: value for key, value in study["versions"].items() if key != "threads"},
+        "threads": plan.threads,
+        "rules": {variant.name: variant.rule for variant in results.variants},
+    }
+    runs = [_shorter(record) for record in results.as_json()["records"]]
+    path = RESULTS / f"study_{folder.name}.json"
+    lines = ",\n".join("    " + json.dumps(run) for run in runs)
+    head = json.dumps(about, indent=2).removesuffix("\n}")
+    files.atomic_write_text(path, f'{head},\n  "runs": [\n{lines}\n  ]\n}}\n')
+    return path
+
+
+def _shorter(value: Any) -> Any:
+    """Numbers to six digits, as in the files they come from."""
+    if isinstance(value, dict):
+        return {key: _shorter(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_shorter(inner) for inner in value]
+    return rounded(value) if isinstance(value, float) else value
+
+
+def load(name: str, baseline: str | None = None) -> Results:
+    """The results of a committed study, with its statistics."""
+    raw = json.loads((RESULTS / f"study_{name}.json").read_text(encoding="utf-8"))
+    results = summarise("compare", list(raw["rules"]), [RunRecord(**run) for run in raw["runs"]], baseline)
+    for variant in results.variants:
+        variant.rule = raw["rules"][variant.name]
+    return results
+
+
+# -- tables ----------------------------------------------------------------------------------------------------------
+
+
+def study_tables(name: str) -> dict[str, str]:
+    """Marker of docs/results.md -> table."""
+    results = load(name, SUBJECT)
+    found = {f"{name}-scores": _markdown(tables.cells(load(name))[0])}
+    columns = ("", "best", "final", f"P({SUBJECT} better), final", "collapsed", "masked", "start")
+    starts = [record.before[MEAN] for record in results.records if record.before]
+    rows = []
+    for variant in results.variants:
+        masked = "-" if variant.masked_fraction is None else f"{variant.masked_fraction:.1%}"
+        end = (
+            f"{len(variant.collapsed)} of {len(variant.seeds)}",
+            masked,
+            f"{100 * min(starts):.0f} to {100 * max(starts):.0f}",
+        )
+        if variant.name == SUBJECT:
+            rows.append((variant.name, "-", "-", "-", *end))
+        else:
+            better = _better(results, SUBJECT, variant.name)
+            rows.append((variant.name, _less(variant.difference), _less(variant.final_difference), better, *end))
+    found[f"{name}-differences"] = _markdown(tables.Cells("", columns, tuple(rows)))
+    found[f"{name}-rules"] = "\n".join(f"- {variant.name}: `{variant.rule}`" for variant in results.variants)
+    return found
+
+
+def _less(estimate: Estimate | None) -> str:
+    """The subject's lead in percentage points: the difference is the other way round in `Results`."""
+    if estimate is None or estimate.value is None:
+        return "-"
+    if estimate.low is None or estimate.high is None:
+        return f"{-100 * estimate.value:+.1f}"
+    return f"{-100 * estimate.value:+.1f} [{-100 * estimate.high:+.1f}, {-100 * estimate.low:+.1f}]"
+
+
+def _better(results: Results, one: str, other: str) -> str:
+    scores = {
+        name: {r.seed: list(r.final_problems.values()) for r in results.records if r.variant == name and r.final}
+        for name in (one, other)
+    }
+    found = probability_of_improvement(scores[one], scores[other])
+    return tables.share(found)
+
+
+def _markdown(cells: tables.Cells) -> str:
+    return "\n".join(
+        [
+            tables.line(cells.columns),
+            tables.line(["---", *["---:"] * (len(cells.columns) - 1)]),
+            *map(tables.line, cells.rows),
+        ]
+    )
+
+
+# -- figure ----------------------------------------------------------------------------------------------------------
+
+
+def draw(path: Path) -> None:
+    """Final Avg@k of every run, and its mean with the interval, a panel a task."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.2), dpi=150, layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(NAMES), sharex=True, squeeze=False)[0], NAMES, strict=True):
+        results = load(name)
+        for row, variant in enumerate(reversed(results.variants)):
+            runs = [100 * r.final[MEAN] for r in results.records if r.variant == variant.name and r.final]
+            colour = "#0072B2" if variant.name == SUBJECT else "#555555"
+            axes.plot(runs, [row + 0.22] * len(runs), "o", color=colour, alpha=0.45, markersize=4, markeredgewidth=0)
+            mean = variant.final.get(MEAN)
+            if mean is not None and mean.value is not None and mean.low is not None and mean.high is not None:
+                axes.plot([100 * mean.low, 100 * mean.high], [row, row], color=colour, linewidth=2)
+                axes.plot([100 * mean.value], [row], "D", color=colour, markersize=5)
+        start = [100 * r.before[MEAN] for r in results.records if r.before]
+        axes.axvline(sum(start) / len(start), color="#D55E00", linestyle=":", linewidth=1.2)
+        axes.set_yticks(range(len(results.variants)), [variant.name for variant in reversed(results.variants)])
+        axes.set(title=name, xlabel=f"final Avg@{results.samples} in %", xlim=(0, 100))
+        axes.grid(axis="x", alpha=0.3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--collect", type=Path, nargs="+", help="folders of the studies", default=[])
+    parser.add_argument("--docs", type=Path, help="write the tables of results.md and its figure in this folder")
+    options = parser.parse_args()
+    for folder in options.collect:
+        print(f"Written: {collect(folder)}")
+    if options.docs:
+        for name in NAMES:
+            for marker, table in study_tables(name).items():
+                fill(options.docs / "results.md", marker, table)
+        draw(options.docs / "images" / "results.png")
+
+
+if __name__ == "__main__":
+    main()
