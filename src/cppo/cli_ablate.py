@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from rich.console import Console
 
+from cppo.cli_compare import check_options, nothing_else
 from cppo.errors import UserError
 
 if TYPE_CHECKING:
@@ -52,13 +52,7 @@ def run(
     UserError : what the user can put right.  KeyboardInterrupt : Ctrl-C; `str()` says how to go on.
     """
     console = console or Console(highlight=False)
-    chosen = [name for name, folder in (("--resume", resume), ("--show", show), ("--out", out)) if folder is not None]
-    if len(chosen) > 1:
-        raise UserError(f"{' and '.join(chosen)} cannot be given together.")
-    if jobs is not None and jobs < 1:
-        raise UserError(f"--jobs is {jobs}, expected at least 1.")
-    if importlib.util.find_spec("scipy") is None:
-        raise UserError("cppo ablate needs scipy for its intervals, which is not installed: pip install 'cppo[study]'.")
+    check_options("ablate", resume, show, out, jobs)
     from cppo.study import ablate_report, store
     from cppo.study.ablate import suites_of
     from cppo.study.ablate_cost import listing
@@ -82,11 +76,7 @@ def run(
             return 0
         return _execute(_new_plan(base, suites, count, jobs, out), at_once, console)
     given = [*([recipe] if recipe else []), *settings, *(name for name, value in options.items() if value is not None)]
-    if given:
-        raise UserError(
-            f"{chosen[0]} {existing} takes everything from that study and nothing else (got {' '.join(given)}). "
-            "For another study leave it out."
-        )
+    nothing_else(f"{'--resume' if resume else '--show'} {existing}", given)
     plan = store.load_plan(existing)
     suites_of(plan)
     if show is not None or list_only:

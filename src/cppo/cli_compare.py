@@ -46,29 +46,18 @@ def compare(
     UserError : what the user can put right.  KeyboardInterrupt : Ctrl-C; `str()` says how to go on.
     """
     console = console or Console(highlight=False)
-    chosen = [name for name, folder in (("--resume", resume), ("--show", show), ("--out", out)) if folder is not None]
-    if len(chosen) > 1:
-        raise UserError(f"{' and '.join(chosen)} cannot be given together.")
-    if jobs is not None and jobs < 1:
-        raise UserError(f"--jobs is {jobs}, expected at least 1.")
-    if importlib.util.find_spec("scipy") is None:
-        raise UserError(
-            "cppo compare needs scipy for its intervals, which is not installed: pip install 'cppo[study]'."
-        )
+    check_options("compare", resume, show, out, jobs)
     from cppo.study import store
 
     existing = resume or show
     if existing is not None:
         given = [*([recipe] if recipe else []), *settings]
         given += [f"--{name}" for name, value in (("rules", rules), ("seeds", seeds)) if value is not None]
-        if given:
-            raise UserError(
-                f"{chosen[0]} {existing} takes everything from that study and nothing else (got {' '.join(given)}). "
-                "For another study leave it out."
-            )
+        option = "--resume" if resume else "--show"
+        nothing_else(f"{option} {existing}", given)
         plan = store.load_plan(existing)
         if plan.kind != "compare":
-            raise UserError(f"{existing} is a study of cppo {plan.kind}: cppo {plan.kind} {chosen[0]} {existing}.")
+            raise UserError(f"{existing} is a study of cppo {plan.kind}: cppo {plan.kind} {option} {existing}.")
         if baseline is not None:
             names = [variant.name for variant in plan.variants]
             if baseline not in names:
@@ -82,6 +71,33 @@ def compare(
             return 0
         return _run(plan, jobs, console)
     return _run(_new_plan(recipe, settings, rules, seeds, jobs, out, baseline), jobs, console)
+
+
+def check_options(command: str, resume: Path | None, show: Path | None, out: Path | None, jobs: int | None) -> None:
+    """What commands that run a study have in common.
+
+    Raises
+    ------
+    UserError : options that exclude each other, no jobs, or scipy is missing.
+    """
+    chosen = [name for name, folder in (("--resume", resume), ("--show", show), ("--out", out)) if folder is not None]
+    if len(chosen) > 1:
+        raise UserError(f"{' and '.join(chosen)} cannot be given together.")
+    if jobs is not None and jobs < 1:
+        raise UserError(f"--jobs is {jobs}, expected at least 1.")
+    if importlib.util.find_spec("scipy") is None:
+        raise UserError(
+            f"cppo {command} needs scipy for its intervals, which is not installed: pip install 'cppo[study]'."
+        )
+
+
+def nothing_else(option: str, given: Sequence[str]) -> None:
+    """Refuse settings beside --resume or --show; `option`: with its folder."""
+    if given:
+        raise UserError(
+            f"{option} takes everything from that study and nothing else (got {' '.join(given)}). For another study "
+            "leave it out."
+        )
 
 
 def _new_plan(

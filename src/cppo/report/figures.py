@@ -5,20 +5,17 @@ Colours are those of the plots of a run (Okabe and Ito's); lines differ in their
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 from cppo import Reason
 from cppo.report.charts import Chart, Numbers
-from cppo.training.files import atomic_write_bytes
+from cppo.study.drawing import save_figure
 from cppo.training.plots import GREEN, GREY, LINES, REASONS
 
 if TYPE_CHECKING:
@@ -38,15 +35,7 @@ def write_figures(report: Report, folder: str | Path) -> list[Path]:
     figures = {chart.name: draw(chart) for chart in report.charts}
     if (threshold := draw_threshold(report.tokens.as_json())) is not None:
         figures["threshold"] = threshold
-    paths = []
-    for name, figure in figures.items():
-        for suffix, options in (("png", {"dpi": 160}), ("svg", {"metadata": {"Date": None}})):
-            data = io.BytesIO()
-            with matplotlib.rc_context({"svg.hashsalt": "cppo"}):  # the same report gives the same bytes
-                FigureCanvasAgg(figure)
-                figure.savefig(data, format=suffix, **options)
-            paths.append(atomic_write_bytes(Path(folder) / f"{name}.{suffix}", data.getvalue()))
-    return paths
+    return [path for name, figure in figures.items() for path in save_figure(figure, folder, name, dpi=160)]
 
 
 def draw(chart: Chart) -> Figure:

@@ -6,16 +6,12 @@ say their numbers. Where an interval is drawn it is the table's.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator, PercentFormatter
@@ -25,24 +21,11 @@ from cppo.study.ablate_tables import marks
 from cppo.study.frontier import Frontier
 from cppo.study.results import MEAN, Results
 from cppo.study.statistics import Estimate
-from cppo.training.files import atomic_write_bytes
 from cppo.training.plots import BLUE, GREY, LINES, RED
 
 STYLES = ("-", "--", "-.", ":")
 #: Those of a run's plots and two more, for eight rules.
 MARKED = (*LINES, ("black", "X"), (GREY, "*"))
-
-
-def write(figure: Figure, folder: Path, name: str) -> list[Path]:
-    """Write a figure as PNG and SVG, the same bytes for the same figure. Raises: files.DiskFullError."""
-    paths = []
-    for suffix, options in (("png", {"dpi": 130}), ("svg", {"metadata": {"Date": None}})):
-        data = io.BytesIO()
-        with matplotlib.rc_context({"svg.hashsalt": "cppo"}):
-            FigureCanvasAgg(figure)
-            figure.savefig(data, format=suffix, **options)
-        paths.append(atomic_write_bytes(folder / f"{name}.{suffix}", data.getvalue()))
-    return paths
 
 
 def _say(ax: Axes, text: str) -> None:

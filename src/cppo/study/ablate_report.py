@@ -18,6 +18,7 @@ from rich.markup import escape
 from cppo.study import ablate_figures as figures
 from cppo.study import ablate_tables as tables
 from cppo.study.ablate import RULE, Suite, suites_of, view
+from cppo.study.drawing import save_figure
 from cppo.study.frontier import diverged, read_frontier
 from cppo.study.plan import Plan
 from cppo.study.results import MEAN, Results, RunRecord, read_results
@@ -66,7 +67,7 @@ def write_all(plan: Plan) -> list[SuiteReport]:
         files.atomic_write_json(folder / RESULTS_FILE, report.as_json())
         files.atomic_write_text(folder / TABLE_FILE, tables.markdown(report))
         for name, draw in report.drawings.items():
-            figures.write(draw(), folder / "plots", name)
+            save_figure(draw(), folder / "plots", name)
     whole = "\n".join(tables.markdown(report) for report in reports)
     files.atomic_write_text(plan.folder / TABLE_FILE, whole)
     return reports

@@ -6,18 +6,15 @@ the map says its numbers.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from cppo.training.files import atomic_write_bytes
+from cppo.study.drawing import save_figure
 from cppo.training.plots import BLUE, FEW_TOKENS, GREY, RED
 
 Report = Mapping[str, Any]
@@ -33,16 +30,7 @@ def write_figures(report: Report, folder: str | Path) -> list[Path]:
         drawings["budget"] = draw_budget
     if len(report["disagreement"]["rules"]) > 1:
         drawings["disagreement"] = draw_disagreement
-    paths = []
-    for name, draw in drawings.items():
-        figure = draw(report)
-        for suffix, options in (("png", {"dpi": 130}), ("svg", {"metadata": {"Date": None}})):
-            data = io.BytesIO()
-            with matplotlib.rc_context({"svg.hashsalt": "cppo"}):  # the same report gives the same bytes
-                FigureCanvasAgg(figure)
-                figure.savefig(data, format=suffix, **options)
-            paths.append(atomic_write_bytes(Path(folder) / f"{name}.{suffix}", data.getvalue()))
-    return paths
+    return [path for name, draw in drawings.items() for path in save_figure(draw(report), folder, name)]
 
 
 def draw_divergence(report: Report) -> Figure:
