@@ -1,4 +1,4 @@
-"""The committed study, seven rules x five seeds x two tasks: raw results, and the tables and figure of docs/results.md.
+"""The study of seven rules x five seeds x two tasks: raw results, and tables and figure for docs/results.md.
 
     cppo compare benchmarks/study/chain-24.yaml --jobs 2 --out studies/chain-24          # an hour or two on two cores
     cppo compare benchmarks/study/automaton-8x12.yaml --jobs 2 --out studies/automaton-8x12
