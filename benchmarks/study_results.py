@@ -38,6 +38,11 @@ def collect(folder: Path) -> Path:
     """Write the raw results of a study's folder; no path of the machine is in them."""
     plan = load_plan(folder)
     results = read_results(plan)
+    if not results.complete:
+        left = sum(record.state != "finished" for record in results.records)
+        raise SystemExit(
+            f"{folder}: {left} of {len(results.records)} runs are not finished: cppo compare --resume {folder}"
+        )
     study = yaml_io.read(folder / "study.yaml")
     about = {
         "study": folder.name,
@@ -161,9 +166,16 @@ def main() -> None:
     for folder in options.collect:
         print(f"Written: {collect(folder)}")
     if options.docs:
+        page = options.docs / "results.md"
+        if missing := [
+            path for path in (page, *(RESULTS / f"study_{name}.json" for name in NAMES)) if not path.is_file()
+        ]:
+            raise SystemExit(
+                f"{missing[0]} is not there: the raw results come from --collect, the page's text is written."
+            )
         for name in NAMES:
             for marker, table in study_tables(name).items():
-                fill(options.docs / "results.md", marker, table)
+                fill(page, marker, table)
         draw(options.docs / "images" / "results.png")
 
 

@@ -10,6 +10,19 @@ import typer
 
 from cppo.errors import UserError
 
+# Of every command that runs a study.
+Arguments = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[RECIPE] [KEY=VALUE]...",
+        help="A recipe or YAML file (default: arithmetic), then settings: for all, or for one (dppo.delta=0.05).",
+    ),
+]
+Seeds = Annotated[int | None, typer.Option("--seeds", help="How many, from the recipe's on (default 5).")]
+Jobs = Annotated[int | None, typer.Option("--jobs", help="Runs at a time (default: half of the cores, or one a GPU).")]
+Resume = Annotated[Path | None, typer.Option("--resume", metavar="DIR", help="Go on with the study in this folder.")]
+Show = Annotated[Path | None, typer.Option("--show", metavar="DIR", help="Only print what that study has so far.")]
+
 
 def register(app: typer.Typer, sentences: Callable[..., Any]) -> None:
     """Add the commands to `app`, each wrapped in `sentences` (mistakes of the user as a sentence)."""
@@ -18,30 +31,18 @@ def register(app: typer.Typer, sentences: Callable[..., Any]) -> None:
 
 
 def compare(
-    arguments: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[RECIPE] [KEY=VALUE]...",
-            help="A recipe or YAML file (default: arithmetic), then settings: for all, or for one (dppo.delta=0.05).",
-        ),
-    ] = None,
+    arguments: Arguments = None,
     rules: Annotated[
         str | None,
         typer.Option("--rules", help="Names with commas between (default: the seven of the paper's Table 1)."),
     ] = None,
-    seeds: Annotated[int | None, typer.Option("--seeds", help="How many, from the recipe's on (default 5).")] = None,
-    jobs: Annotated[
-        int | None, typer.Option("--jobs", help="Runs at a time (default: half of the cores, or one a GPU).")
-    ] = None,
+    seeds: Seeds = None,
+    jobs: Jobs = None,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="The study's folder (default: studies/compare-...).")
     ] = None,
-    resume: Annotated[
-        Path | None, typer.Option("--resume", metavar="DIR", help="Go on with the study in this folder.")
-    ] = None,
-    show: Annotated[
-        Path | None, typer.Option("--show", metavar="DIR", help="Only print what that study has so far.")
-    ] = None,
+    resume: Resume = None,
+    show: Show = None,
     baseline: Annotated[
         str | None, typer.Option("--baseline", help="Measure against this rule (default: the best of the others).")
     ] = None,
@@ -64,13 +65,7 @@ def compare(
 
 
 def ablate(
-    arguments: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[RECIPE] [KEY=VALUE]...",
-            help="A recipe or YAML file (default: arithmetic), then settings: for all, or for one (dppo.delta=0.05).",
-        ),
-    ] = None,
+    arguments: Arguments = None,
     only: Annotated[
         str | None,
         typer.Option(
@@ -78,19 +73,13 @@ def ablate(
             help="Suites, commas between: mechanisms, grid, shapes, delta, length, staleness, frontier (default: all).",
         ),
     ] = None,
-    seeds: Annotated[int | None, typer.Option("--seeds", help="How many, from the recipe's on (default 5).")] = None,
-    jobs: Annotated[
-        int | None, typer.Option("--jobs", help="Runs at a time (default: half of the cores, or one a GPU).")
-    ] = None,
+    seeds: Seeds = None,
+    jobs: Jobs = None,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="The study's folder (default: studies/ablate-...).")
     ] = None,
-    resume: Annotated[
-        Path | None, typer.Option("--resume", metavar="DIR", help="Go on with the study in this folder.")
-    ] = None,
-    show: Annotated[
-        Path | None, typer.Option("--show", metavar="DIR", help="Only print what that study has so far.")
-    ] = None,
+    resume: Resume = None,
+    show: Show = None,
     list_only: Annotated[
         bool, typer.Option("--list", "--dry-run", help="Only say what would be run, and about how long it takes.")
     ] = False,
