@@ -73,6 +73,16 @@ def test_a_real_run_folder_is_read(tmp_path, monkeypatch):
     assert record.collapsed_at is None and 0 < record.masked_fraction < 1
 
 
+def test_the_masked_share_is_of_updates_that_had_a_token(tmp_path):
+    plan = plan_of(tmp_path, rules=["cppo"], seeds=1)
+    run = plan.trained[0]
+    for update, (masked, kept) in enumerate(((0.8, 0.2), (0.6, 0.4), (0.0, 0.0), (0.0, 0.0), (0.0, 0.0))):
+        row = {"step": 1, "update": update, "kind": "train", "reward": 0.0}
+        shares = {"trust/masked_fraction": masked, "trust/token_limit_fraction": masked, "trust/kept_fraction": kept}
+        append_metrics(plan.folder_of(run), row | shares)
+    assert read_run(plan, run).masked_fraction == pytest.approx(0.7)
+
+
 def test_best_is_within_the_run_and_its_benchmarks_at_that_step(tmp_path):
     plan = plan_of(tmp_path, rules=["cppo"], seeds=1)
     run = plan.trained[0]

@@ -156,12 +156,27 @@ def test_summary_has_everything(run: Path) -> None:
     assert f"| {np.mean(train):.2%} |" in text
 
 
+def test_updates_without_a_token_are_no_update_in_which_nothing_was_held_back(tmp_path: Path) -> None:
+    """Their shares are logged as 0; the share of step 2 is that of its second update, and stays in its place."""
+    shares = [(0.2, 0.8), (0.4, 0.6), (0.0, 0.0), (0.9, 0.1)]
+    for update, (masked, kept) in enumerate(shares, 1):
+        trust = {"trust/masked_fraction": masked, "trust/token_limit_fraction": masked, "trust/kept_fraction": kept}
+        append_metrics(tmp_path, {"step": (update + 1) // 2, "update": update, "kind": "train", **trust})
+    text = write_summary(tmp_path)
+    assert "the 3 of 4 updates that had a loss token" in text and "| 50.00% |" in text
+    figure = plots.draw_masked(read_jsonl(tmp_path / "metrics.jsonl"))
+    assert "50.00% on average" in texts(figure)
+    over, within = figure.axes
+    assert [bar.get_height() for bar in over.patches] == pytest.approx([0.3, 0.9])
+    assert [bar.get_height() for bar in within.patches] == pytest.approx([0.2, 0.65])
+
+
 def test_summary_of_an_adaptive_divergence(tmp_path: Path) -> None:
     synthetic.write_run(tmp_path, steps=1, updates=2)
     said = ("whose exact divergence was needed", "bytes a token that the divergence keeps")
     assert not any(part in write_summary(tmp_path) for part in said)
     for share in (0.1, 0.2):
-        row = {"step": 2, "update": 3, "kind": "train", "trust/resolved_fraction": share}
+        row = {"step": 2, "update": 3, "kind": "train", "trust/resolved_fraction": share, "trust/masked_fraction": 0.0}
         append_metrics(tmp_path, row | ({"trust/divergence_bytes_per_token": 612.0} if share == 0.1 else {}))
     text = write_summary(tmp_path)
     assert all(part in text for part in said)

@@ -57,6 +57,19 @@ def test_by_position_equals_a_loop() -> None:
                 assert row["mean"][bucket] is None
 
 
+def test_judged_updates_are_those_in_which_a_rule_saw_a_token() -> None:
+    batch, _ = synthetic.minibatch(seed=1)
+    judge = synthetic.rule()
+    nothing = cppo.TokenBatch(batch.policy_logp, batch.rollout_logp, batch.advantages, torch.zeros_like(batch.mask))
+    rows = [
+        {"kind": "train", "update": update, **cppo.metrics(of, judge(of))}
+        for update, of in enumerate((batch, nothing, batch))
+    ]
+    rows += [{"kind": "evaluation", "avg/mean": 0.5}, {"kind": "train", "update": 3, "loss": 0.1}]
+    assert rows[1]["trust/masked_fraction"] == 0
+    assert [row["update"] for row in recording.judged(rows)] == [0, 2]
+
+
 def test_positions_are_of_the_last_update_and_count_loss_tokens(tmp_path: Path) -> None:
     judge, record = synthetic.rule(), recorder(tmp_path)
     early, inputs = synthetic.minibatch(seed=1)

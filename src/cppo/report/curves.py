@@ -22,6 +22,7 @@ from cppo.report.charts import Chart, Line, Section, Thin
 from cppo.report.source import RunFiles, Source
 from cppo.study.statistics import expanded_level
 from cppo.training.plots import benchmarks
+from cppo.training.recorder import judged
 
 Array = NDArray[np.float64]
 Curve = dict[int, float]
@@ -67,7 +68,8 @@ TRUST = (
         "Masked fraction",
         "trust/masked_fraction",
         "share of loss tokens",
-        "Loss tokens with coefficient 0, mean of the updates of a step. cispo and minpro clamp and mask nothing.",
+        "Loss tokens with coefficient 0, mean of the updates of a step; none where all rewards were equal. cispo and "
+        "minpro clamp and mask nothing.",
         "percent",
         zero=True,
     ),
@@ -214,7 +216,11 @@ def trust_charts(source: Source) -> list[Chart]:
 
 
 def _from_training(source: Source, metric: Metric) -> Chart | None:
-    return chart_of(source, metric, lambda run: by_step(run.rows("train"), metric.key))
+    def read(run: RunFiles) -> Curve:
+        rows = run.rows("train")
+        return by_step(rows if metric in TRAINING else judged(rows), metric.key)
+
+    return chart_of(source, metric, read)
 
 
 def _accuracies(source: Source) -> list[Chart]:

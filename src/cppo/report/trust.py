@@ -14,6 +14,7 @@ from cppo.report.curves import Metric, by_step, chart_of, trust_charts
 from cppo.report.source import Row, RunFiles, Source
 from cppo.study.results import MEAN, Results
 from cppo.training.plots import FEW_TOKENS, REASONS, pool_positions
+from cppo.training.recorder import judged
 
 #: Steps at the start and at the end of a run that divergence by position is pooled over.
 SPAN = 5
@@ -82,9 +83,9 @@ def result_chart(results: Results) -> Chart | None:
 # -------------------------------------------------------------------------------------------------------------- reasons
 
 
-def _judged(run: RunFiles) -> list[Row]:
-    """The rows of updates that a rule has judged."""
-    return [row for row in run.rows("train") if row.get("trust/masked_fraction") is not None]
+def _judged(run: RunFiles) -> Sequence[Row]:
+    """The rows of updates in which a rule had a token to judge."""
+    return judged(run.rows("train"))
 
 
 def _shares(rows: Sequence[Row]) -> dict[str, float]:
@@ -110,8 +111,8 @@ def _by_reason(source: Source) -> Chart | None:
         "",
         "share of loss tokens",
         "percent",
-        "Mean over all updates of the finished runs. ratio clip or clamp: dropped by ppo_clip, its weight clamped by "
-        "cispo and minpro.",
+        "Mean over the updates of finished runs that had a loss token. ratio clip or clamp: dropped by ppo_clip, its "
+        "weight clamped by cispo and minpro.",
         zero=True,
         layers=tuple(layers),
         x=variants,
@@ -119,7 +120,7 @@ def _by_reason(source: Source) -> Chart | None:
 
 
 def _over_steps(run: RunFiles) -> Chart | None:
-    curves = {name: by_step(run.rows("train"), f"trust/{name}_fraction") for name in REASONS}
+    curves = {name: by_step(_judged(run), f"trust/{name}_fraction") for name in REASONS}
     steps = sorted({step for curve in curves.values() for step in curve})
     shown = [name for name in REASONS if any(curves[name].values())]
     if not steps or not shown:
@@ -149,9 +150,10 @@ def _within_batch(run: RunFiles) -> Chart | None:
     """Mean share by the update inside the rollout batch: later updates are further from the rollout policy."""
     by_update: dict[int, list[Row]] = defaultdict(list)
     first: dict[int, int] = {}
+    for row in run.rows("train"):
+        first.setdefault(int(row["step"]), int(row["update"]))
     for row in _judged(run):
-        start = first.setdefault(int(row["step"]), int(row["update"]))
-        by_update[int(row["update"]) - start + 1].append(row)
+        by_update[int(row["update"]) - first[int(row["step"])] + 1].append(row)
     shares = {update: _shares(rows) for update, rows in sorted(by_update.items())}
     shown = [name for name in REASONS if any(found[name] > 0 for found in shares.values())]
     if len(shares) < 2 or not shown:

@@ -13,6 +13,7 @@ from cppo.study.tables import Cells, cells, notes, percent
 from cppo.training import yaml_io
 from cppo.training.plots import before_and_after, benchmarks
 from cppo.training.progress import duration
+from cppo.training.recorder import judged
 from cppo.training.summary import best_evaluation
 
 Pairs = list[tuple[str, str]]
@@ -101,7 +102,7 @@ def _run_headlines(run: RunFiles) -> list[str]:
                 f"Avg@{k} on held-out problems went from {100 * start:.1f}% (step {before['step']}) to "
                 f"{100 * end:.1f}% (step {after['step']})."
             )
-    masked = by_step(run.rows("train"), "trust/masked_fraction")
+    masked = by_step(judged(run.rows("train")), "trust/masked_fraction")
     if masked:
         lines.append(f"The rule held back {100 * sum(masked.values()) / len(masked):.2f}% of the loss tokens.")
     return lines

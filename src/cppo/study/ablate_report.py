@@ -25,7 +25,7 @@ from cppo.study.results import MEAN, Results, RunRecord, read_results
 from cppo.study.statistics import Estimate
 from cppo.study.tables import Cells
 from cppo.training import files
-from cppo.training.recorder import read_metrics
+from cppo.training.recorder import judged, read_metrics
 
 RESULTS_FILE = "results.json"
 TABLE_FILE = "table.md"
@@ -133,7 +133,8 @@ def _grid(plan: Plan, report: SuiteReport) -> None:
 
 
 def measured(plan: Plan, label_of: Mapping[str, str]) -> dict[str, list[float]]:
-    """Label -> for each run with updates after its calibration, the mean share of tokens held back or clamped there.
+    """Label -> for each run, the mean share of tokens held back or clamped, over its updates with tokens after its
+    calibration; runs without such updates are left out.
 
     label_of: variant -> label.
     """
@@ -144,7 +145,7 @@ def measured(plan: Plan, label_of: Mapping[str, str]) -> dict[str, list[float]]:
             continue
         calibration = getattr(run.config, "calibration", None)
         before = calibration.steps if calibration is not None else 0
-        rows = [r for r in read_metrics(plan.folder_of(run)) if r.get("kind") == "train" and int(r["step"]) > before]
+        rows = [row for row in judged(read_metrics(plan.folder_of(run))) if int(row["step"]) > before]
         shares = [sum(float(row.get(name) or 0.0) for name in HELD) for row in rows]
         if shares:
             found.setdefault(label, []).append(plain.fmean(shares))

@@ -21,7 +21,7 @@ from cppo.study.statistics import Estimate, Figure, mean_interval, paired_differ
 from cppo.study.status import read_errors
 from cppo.training.calibration import rule_as_run
 from cppo.training.problems import read_problems
-from cppo.training.recorder import read_metrics
+from cppo.training.recorder import judged, read_metrics
 from cppo.training.summary import STEP_TIME, best_evaluation
 
 WINDOW = 5  # steps of the running mean in which a collapse is looked for
@@ -59,7 +59,7 @@ class RunRecord:
     collapsed_at: int | None = None
     """The step from which the reward stays collapsed; None: it does not. See `collapse`."""
     masked_fraction: float | None = None
-    """Mean over all updates."""
+    """Mean over the updates that had a loss token."""
     seconds: float = 0.0
     """Rollouts, updates and evaluations, of what was kept; work that a kill has lost is not in it."""
 
@@ -112,7 +112,7 @@ def read_run(plan: Plan, run: PlannedRun, error: str | None = None) -> RunRecord
         record.final_problems = problems.get(steps, {}) if record.final else {}
     record.rewards = _curve(trained, record.step)
     record.collapsed_at = collapse(record.rewards)
-    masked = [row["trust/masked_fraction"] for row in trained if row.get("trust/masked_fraction") is not None]
+    masked = [row["trust/masked_fraction"] for row in judged(trained)]
     record.masked_fraction = plain.fmean(masked) if masked else None
     clocks = [row.get(STEP_TIME) for row in trained] + [row.get("time/evaluation") for row in evaluations]
     record.seconds = float(sum(seconds for seconds in clocks if seconds is not None))

@@ -22,6 +22,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, PercentFor
 
 from cppo.training.certificates import read_certificates
 from cppo.training.files import atomic_write_bytes, read_jsonl
+from cppo.training.recorder import judged
 
 Row = Mapping[str, Any]
 
@@ -252,7 +253,8 @@ def _dumbbells(ax: Axes, names: Sequence[str], before: Row | None, after: Row | 
 def draw_masked(rows: Sequence[Row]) -> Figure:
     """Left: share of loss tokens held back over the run, by reason. Right: by update inside the rollout batch."""
     figure, (left, right) = _figure(2, (1.7, 1.0))
-    train = [row for row in _train(rows) if row.get("trust/masked_fraction") is not None]
+    logged = _train(rows)
+    train = judged(logged)
     shares = {name: [float(row.get(f"trust/{name}_fraction") or 0.0) for row in train] for name in REASONS}
     shown = [name for name in REASONS if any(shares[name])]
     if not train or not shown:
@@ -276,7 +278,8 @@ def draw_masked(rows: Sequence[Row]) -> Figure:
     left.legend(frameon=False, fontsize=9, loc="upper left")
     low, high = left.get_ylim()
     left.set_ylim(low, high * 1.25)  # room for the legend
-    within = _updates_within(train)
+    position = {int(row["update"]): at for row, at in zip(logged, _updates_within(logged), strict=True)}
+    within = [position[int(row["update"])] for row in train]
     order = sorted(set(within))
     means = [
         np.array([np.mean([shares[name][i] for i, at in enumerate(within) if at == u]) for u in order])

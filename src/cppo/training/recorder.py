@@ -66,6 +66,23 @@ def read_metrics(folder: str | Path, kind: str | None = None) -> list[dict[str, 
     return [row for row in files.read_jsonl(Path(folder) / METRICS_FILE) if kind is None or row.get("kind") == kind]
 
 
+def judged(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The training rows of updates that had a loss token: those a share of tokens has a meaning for.
+
+    An update whose groups all have equal rewards has none (`advantages.zero_spread_filter`), and its shares are logged
+    as 0. In any other each token has one reason, so the shares of the reasons sum to 1 (averaged over micro-batches: to
+    more than 0).
+    """
+    names = [f"trust/{reason_name(code)}_fraction" for code in Reason if code != Reason.OUTSIDE]
+    return [
+        row
+        for row in rows
+        if row.get("kind") == "train"
+        and row.get("trust/masked_fraction") is not None
+        and ("trust/kept_fraction" not in row or any(row.get(name) for name in names))
+    ]
+
+
 def samples_path(folder: str | Path, step: int) -> Path:
     """Where the sampled responses of a step lie: samples/step-000010.jsonl."""
     return Path(folder) / SAMPLES_FOLDER / f"step-{step:06d}.jsonl"

@@ -20,6 +20,7 @@ from cppo.training.calibration import CALIBRATION_FILE, show
 from cppo.training.files import atomic_write_text, read_jsonl
 from cppo.training.plots import before_and_after, benchmarks
 from cppo.training.progress import duration
+from cppo.training.recorder import judged
 from cppo.training.samples import REASONS, legend, mark_response, pick_response, printable, read_samples
 
 Row = Mapping[str, Any]
@@ -183,9 +184,10 @@ def _trust(rows: Sequence[Row]) -> str:
     train = [row for row in rows if row.get("kind") == "train"]
     if not train:
         return "No training update has been logged."
+    with_tokens = judged(train)
 
-    def mean(*keys: str) -> float | None:
-        values = _values(train, *keys)
+    def mean(*keys: str, of: Sequence[Row] = with_tokens) -> float | None:
+        values = _values(of, *keys)
         return sum(values) / len(values) if values else None
 
     def share(value: float | None) -> str:
@@ -215,7 +217,7 @@ def _trust(rows: Sequence[Row]) -> str:
     stored = mean("trust/divergence_bytes_per_token")
     if stored is not None:
         lines.append(("bytes a token that the divergence keeps of the rollout policy", number(stored)))
-    gain, bound = mean("trust/surrogate_gain"), mean("trust/residual_bound")
+    gain, bound = mean("trust/surrogate_gain", of=train), mean("trust/residual_bound", of=train)
     if gain is not None:
         lines.append(
             ("last update of a batch: gain of the surrogate / bound of its error", f"{number(gain)} / {number(bound)}")
@@ -223,11 +225,12 @@ def _trust(rows: Sequence[Row]) -> str:
     used = mean("trust/budget_used")
     if used is not None:
         lines.append(("prefix budget used at the end of a response", share(used)))
-    spread = mean(*ZERO_SPREAD)
+    spread = mean(*ZERO_SPREAD, of=train)
     lines.append(("groups left out since all their rewards were equal", share(spread)))
     skipped = sum(_values(train, *SKIPPED))
     lines.append(("updates skipped (NaN or infinity in loss or gradient)", f"{skipped:.0f} of {len(train)}"))
-    return "Means over all updates.\n\n" + _table(("", ""), lines)
+    means = f"Means over the {len(with_tokens)} of {len(train)} updates that had a loss token."
+    return means + "\n\n" + _table(("", ""), lines)
 
 
 def _excerpt(root: Path) -> str:
