@@ -1,4 +1,4 @@
-"""The study of seven rules x five seeds x two tasks: raw results, and tables and figure for docs/results.md.
+"""The study of seven rules x five seeds x two tasks: raw results, and tables and figures for docs/results.md.
 
     cppo compare benchmarks/study/chain-24.yaml --jobs 2 --out studies/chain-24          # an hour or two on two cores
     cppo compare benchmarks/study/automaton-8x12.yaml --jobs 2 --out studies/automaton-8x12
@@ -6,8 +6,9 @@
     python -m benchmarks.study_results --docs docs
 
 `--collect` writes benchmarks/results/study_<name>.json: every run's figures, reward curve and score of each held-out
-problem, its rule with all parameters, and the versions. `--docs` computes everything else from these files alone: the
-statistics are the same as those of `cppo compare --show` on the folders.
+problem, its rule with all parameters, and the versions; of an ablation, those of its stability frontier. `--docs`
+computes everything else from these files alone: the statistics are the same as those of `cppo compare --show` and
+`cppo ablate --show` on the folders. The other studies of the page are in its text.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.scoring_report import fill
-from cppo.study import tables
+from cppo.study import ablate_figures, ablate_tables, tables
+from cppo.study.ablate import KIND as ABLATION
+from cppo.study.ablate import Entry, Suite, suites_of, view
+from cppo.study.frontier import Frontier, diverged, read_frontier
 from cppo.study.results import MEAN, Results, RunRecord, read_results, summarise
 from cppo.study.statistics import Estimate, probability_of_improvement
 from cppo.study.store import load_plan
@@ -26,7 +30,8 @@ from cppo.training import files, yaml_io
 from cppo.training.positions import rounded
 
 RESULTS = Path(__file__).parent / "results"
-NAMES = ("chain-24", "automaton-8x12")
+NAMES = ("chain-24", "automaton-8x12", "chain-24-moe")
+FRONTIER = "chain-24-frontier"
 #: The rule that the second table measures the others against.
 SUBJECT = "cppo"
 
@@ -37,11 +42,13 @@ SUBJECT = "cppo"
 def collect(folder: Path) -> Path:
     """Write the raw results of a study's folder; no path of the machine is in them."""
     plan = load_plan(folder)
-    results = read_results(plan)
-    if not results.complete:
-        left = sum(record.state != "finished" for record in results.records)
+    suite = None
+    if plan.kind == ABLATION:
+        (suite,) = (suite for suite in suites_of(plan) if suite.name == "frontier")
+    results = read_results(plan if suite is None else view(plan, suite))
+    if left := sum(record.state != "finished" and not diverged(record) for record in results.records):
         raise SystemExit(
-            f"{folder}: {left} of {len(results.records)} runs are not finished: cppo compare --resume {folder}"
+            f"{folder}: {left} of {len(results.records)} runs are not finished: cppo {plan.kind} --resume {folder}"
         )
     study = yaml_io.read(folder / "study.yaml")
     about = {
@@ -50,6 +57,8 @@ def collect(folder: Path) -> Path:
         "threads": plan.threads,
         "rules": {variant.name: variant.rule for variant in results.variants},
     }
+    if suite is not None:
+        about["entries"] = [{"label": entry.label, "at": dict(entry.at)} for entry in suite.entries]
     runs = [_shorter(record) for record in results.as_json()["records"]]
     path = RESULTS / f"study_{folder.name}.json"
     lines = ",\n".join("    " + json.dumps(run) for run in runs)
@@ -67,20 +76,42 @@ def _shorter(value: Any) -> Any:
     return rounded(value) if isinstance(value, float) else value
 
 
+def _raw(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((RESULTS / f"study_{name}.json").read_text(encoding="utf-8"))
+    return found
+
+
 def load(name: str, baseline: str | None = None) -> Results:
     """The results of a committed study, with its statistics."""
-    raw = json.loads((RESULTS / f"study_{name}.json").read_text(encoding="utf-8"))
+    raw = _raw(name)
     results = summarise("compare", list(raw["rules"]), [RunRecord(**run) for run in raw["runs"]], baseline)
     for variant in results.variants:
         variant.rule = raw["rules"][variant.name]
     return results
 
 
+def load_frontier(name: str = FRONTIER) -> Frontier:
+    """A committed stability frontier."""
+    raw = _raw(name)
+    entries = tuple(Entry(entry["label"], (), entry["at"]) for entry in raw["entries"])
+    return read_frontier(Suite("frontier", "", entries), [RunRecord(**run) for run in raw["runs"]])
+
+
 # -- tables ----------------------------------------------------------------------------------------------------------
 
 
-def study_tables(name: str) -> dict[str, str]:
+def all_tables() -> dict[str, str]:
     """Marker of docs/results.md -> table."""
+    found = {marker: table for name in NAMES for marker, table in study_tables(name).items()}
+    found[FRONTIER] = "\n\n".join(
+        f"{cells.title[:1].upper()}{cells.title[1:]}:\n\n{_markdown(cells)}"
+        for cells in ablate_tables.frontier(load_frontier())
+    )
+    return found
+
+
+def study_tables(name: str) -> dict[str, str]:
+    """The same, of one study."""
     results = load(name, SUBJECT)
     found = {f"{name}-scores": _markdown(tables.cells(load(name))[0])}
     columns = ("", "best", "final", f"P({SUBJECT} better), final", "collapsed", "masked", "start")
@@ -138,7 +169,7 @@ def draw(path: Path) -> None:
     """Final Avg@k of every run, and its mean with the interval, a panel a task."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.2), dpi=150, layout="constrained")
+    figure = Figure(figsize=(11, 3.2), dpi=150, layout="constrained")
     for axes, name in zip(figure.subplots(1, len(NAMES), sharex=True, squeeze=False)[0], NAMES, strict=True):
         results = load(name)
         for row, variant in enumerate(reversed(results.variants)):
@@ -168,15 +199,17 @@ def main() -> None:
     if options.docs:
         page = options.docs / "results.md"
         if missing := [
-            path for path in (page, *(RESULTS / f"study_{name}.json" for name in NAMES)) if not path.is_file()
+            path
+            for path in (page, *(RESULTS / f"study_{name}.json" for name in (*NAMES, FRONTIER)))
+            if not path.is_file()
         ]:
             raise SystemExit(
                 f"{missing[0]} is not there: the raw results come from --collect, the page's text is written."
             )
-        for name in NAMES:
-            for marker, table in study_tables(name).items():
-                fill(page, marker, table)
+        for marker, table in all_tables().items():
+            fill(page, marker, table)
         draw(options.docs / "images" / "results.png")
+        ablate_figures.frontier(load_frontier()).savefig(options.docs / "images" / "frontier.png", dpi=120)
 
 
 if __name__ == "__main__":

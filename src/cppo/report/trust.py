@@ -150,8 +150,8 @@ def _within_batch(run: RunFiles) -> Chart | None:
     """Mean share by the update inside the rollout batch: later updates are further from the rollout policy."""
     by_update: dict[int, list[Row]] = defaultdict(list)
     first: dict[int, int] = {}
-    for row in run.rows("train"):
-        first.setdefault(int(row["step"]), int(row["update"]))
+    for logged in run.rows("train"):
+        first.setdefault(int(logged["step"]), int(logged["update"]))
     for row in _judged(run):
         by_update[int(row["update"]) - first[int(row["step"])] + 1].append(row)
     shares = {update: _shares(rows) for update, rows in sorted(by_update.items())}
