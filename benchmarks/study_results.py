@@ -30,7 +30,7 @@ from cppo.training import files, yaml_io
 from cppo.training.positions import rounded
 
 RESULTS = Path(__file__).parent / "results"
-NAMES = ("chain-24", "automaton-8x12", "chain-24-moe")
+NAMES = ("chain-24", "automaton-8x12", "automaton-8x24", "chain-24-moe")
 FRONTIER = "chain-24-frontier"
 #: The rule that the second table measures the others against.
 SUBJECT = "cppo"
@@ -103,9 +103,9 @@ def load_frontier(name: str = FRONTIER) -> Frontier:
 def all_tables() -> dict[str, str]:
     """Marker of docs/results.md -> table."""
     found = {marker: table for name in NAMES for marker, table in study_tables(name).items()}
+    found["rules"] = "\n".join(f"- {variant.name}: `{variant.rule}`" for variant in load(NAMES[0]).variants)
     found[FRONTIER] = "\n\n".join(
-        f"{cells.title[:1].upper()}{cells.title[1:]}:\n\n{_markdown(cells)}"
-        for cells in ablate_tables.frontier(load_frontier())
+        f"{cells.title}:\n\n{_markdown(cells)}" for cells in ablate_tables.frontier(load_frontier())
     )
     return found
 
@@ -114,24 +114,29 @@ def study_tables(name: str) -> dict[str, str]:
     """The same, of one study."""
     results = load(name, SUBJECT)
     found = {f"{name}-scores": _markdown(tables.cells(load(name))[0])}
-    columns = ("", "best", "final", f"P({SUBJECT} better), final", "collapsed", "masked", "start")
-    starts = [record.before[MEAN] for record in results.records if record.before]
+    columns = ("", "best", "final", f"P({SUBJECT} better), final", "collapsed", "masked")
     rows = []
     for variant in results.variants:
         masked = "-" if variant.masked_fraction is None else f"{variant.masked_fraction:.1%}"
-        end = (
-            f"{len(variant.collapsed)} of {len(variant.seeds)}",
-            masked,
-            f"{100 * min(starts):.0f} to {100 * max(starts):.0f}",
-        )
+        end = (f"{len(variant.collapsed)} of {len(variant.seeds)}", masked)
         if variant.name == SUBJECT:
             rows.append((variant.name, "-", "-", "-", *end))
         else:
             better = _better(results, SUBJECT, variant.name)
             rows.append((variant.name, _less(variant.difference), _less(variant.final_difference), better, *end))
     found[f"{name}-differences"] = _markdown(tables.Cells("", columns, tuple(rows)))
-    found[f"{name}-rules"] = "\n".join(f"- {variant.name}: `{variant.rule}`" for variant in results.variants)
+    found[f"{name}-seeds"] = _by_seed(results)
     return found
+
+
+def _by_seed(results: Results) -> str:
+    """Final Avg@k in % of every run, and where each seed started."""
+    seeds = sorted({record.seed for record in results.records})
+    start = {record.seed: record.before[MEAN] for record in results.records}
+    final = {(record.variant, record.seed): record.final[MEAN] for record in results.records}
+    rows = [("before training", *(f"{100 * start[seed]:.1f}" for seed in seeds))]
+    rows += [(v.name, *(f"{100 * final[v.name, seed]:.1f}" for seed in seeds)) for v in results.variants]
+    return _markdown(tables.Cells("", ("", *(f"seed {seed}" for seed in seeds)), tuple(rows)))
 
 
 def _less(estimate: Estimate | None) -> str:
@@ -166,11 +171,12 @@ def _markdown(cells: tables.Cells) -> str:
 
 
 def draw(path: Path) -> None:
-    """Final Avg@k of every run, and its mean with the interval, a panel a task."""
+    """Final Avg@k of every run, and its mean with the interval, a panel a study."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 3.2), dpi=150, layout="constrained")
-    for axes, name in zip(figure.subplots(1, len(NAMES), sharex=True, squeeze=False)[0], NAMES, strict=True):
+    figure = Figure(figsize=(9, 5.4), dpi=120, layout="constrained")
+    panels = figure.subplots(2, 2, sharex=True, height_ratios=(7, 4))
+    for axes, name in zip(panels.flat, NAMES, strict=True):
         results = load(name)
         for row, variant in enumerate(reversed(results.variants)):
             runs = [100 * r.final[MEAN] for r in results.records if r.variant == variant.name and r.final]
@@ -183,7 +189,7 @@ def draw(path: Path) -> None:
         start = [100 * r.before[MEAN] for r in results.records if r.before]
         axes.axvline(sum(start) / len(start), color="#D55E00", linestyle=":", linewidth=1.2)
         axes.set_yticks(range(len(results.variants)), [variant.name for variant in reversed(results.variants)])
-        axes.set(title=name, xlabel=f"final Avg@{results.samples} in %", xlim=(0, 100))
+        axes.set(title=name, xlabel=f"final Avg@{results.samples} in %", xlim=(-2, 102))
         axes.grid(axis="x", alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerContro
 from cppo.engines.trl import ALL_EQUAL
 from cppo.training.callbacks import NonFiniteGuard, split_clock
 from cppo.training.processes import any_process
-from cppo.training.recorder import RunRecorder
+from cppo.training.recorder import RunRecorder, judged
 from cppo.training.warmup import logging_steps
 
 if TYPE_CHECKING:
@@ -86,10 +86,10 @@ class StepCallback(TrainerCallback):
             self.run.progress.note(f"Warning, step {step}: {ALL_EQUAL}")
         if "reward" in row:
             self.figures["reward"] = row["reward"]
-        self.masked.append(float(row.get("trust/masked_fraction", 0.0)))
+        self.masked += [float(seen["trust/masked_fraction"]) for seen in judged([{**row, "kind": "train"}])]
         if state.global_step % updates == 0:
             skipped = {"skipped": self.guard.skipped} if self.guard.skipped else {}
-            figures = {**self.figures, "masked": sum(self.masked) / len(self.masked), **skipped}
+            figures = {**self.figures, "masked": sum(self.masked) / max(len(self.masked), 1), **skipped}
             self.run.progress.advance(1, **figures)
             self.masked.clear()
 
