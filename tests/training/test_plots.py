@@ -85,7 +85,8 @@ def test_missing_data_is_said(tmp_path: Path) -> None:
     assert "No divergence yet" in texts(plots.draw_divergence([]))
     assert "No certificate" in texts(plots.draw_certificate([]))
     train = {"step": 1, "update": 0, "kind": "train", "reward": None, "trust/masked_fraction": 0.0}
-    assert "No token was held back in any update" in texts(plots.draw_masked([train]))
+    assert "No update has had a loss token" in texts(plots.draw_masked([train]))
+    assert "No token was held back in any update" in texts(plots.draw_masked([train | {"trust/kept_fraction": 1.0}]))
     assert "the rule measures none" in texts(
         plots.draw_divergence([{"step": 1, "update": 0, "width": 1, "count": [1]}])
     )
@@ -176,7 +177,8 @@ def test_summary_of_an_adaptive_divergence(tmp_path: Path) -> None:
     said = ("whose exact divergence was needed", "bytes a token that the divergence keeps")
     assert not any(part in write_summary(tmp_path) for part in said)
     for share in (0.1, 0.2):
-        row = {"step": 2, "update": 3, "kind": "train", "trust/resolved_fraction": share, "trust/masked_fraction": 0.0}
+        row = {"step": 2, "update": 3, "kind": "train", "trust/masked_fraction": 0.0, "trust/kept_fraction": 1.0}
+        row |= {"trust/resolved_fraction": share}
         append_metrics(tmp_path, row | ({"trust/divergence_bytes_per_token": 612.0} if share == 0.1 else {}))
     text = write_summary(tmp_path)
     assert all(part in text for part in said)

@@ -13,7 +13,7 @@ from cppo.study import tables
 from cppo.study.ablate import Suite
 from cppo.study.frontier import Cell, Frontier
 from cppo.study.statistics import Estimate
-from cppo.study.tables import Cells, line, percent
+from cppo.study.tables import Cells, percent
 
 if TYPE_CHECKING:
     from cppo.study.ablate_report import SuiteReport
@@ -149,8 +149,7 @@ def markdown(report: SuiteReport) -> str:
     """A suite as Markdown: its own tables, then those of every study."""
     parts = [f"# {report.suite.name}: {report.suite.question}"]
     for table in report.tables:
-        lines = [line(table.columns), line(["---", *["---:"] * (len(table.columns) - 1)])]
-        parts += [f"## {table.title}", "\n".join([*lines, *map(line, table.rows)])]
+        parts += [f"## {table.title}", tables.pipes(table)]
     _, _, every = tables.markdown(report.results).partition("\n\n")  # without its heading
     return "\n\n".join([*parts, *report.notes, every])
 

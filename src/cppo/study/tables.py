@@ -154,12 +154,17 @@ def markdown(results: Results) -> str:
     """The same as Markdown."""
     parts = [f"# {results.kind}"]
     for table in cells(results):
-        lines = [line(table.columns), line(["---", *["---:"] * (len(table.columns) - 1)])]
-        parts += [f"## {table.title}", "\n".join([*lines, *map(line, table.rows)])]
+        parts += [f"## {table.title}", pipes(table)]
     rules = [f"- {variant.name}: {variant.rule}" for variant in results.variants if variant.rule]
     if rules:
         parts += ["## What was run", "\n".join(rules)]
     return "\n\n".join([*parts, *notes(results)]) + "\n"
+
+
+def pipes(table: Cells) -> str:
+    """A table in Markdown, without its title."""
+    head = [line(table.columns), line(["---", *["---:"] * (len(table.columns) - 1)])]
+    return "\n".join([*head, *map(line, table.rows)])
 
 
 def line(fields: Sequence[str]) -> str:

@@ -258,7 +258,9 @@ def draw_masked(rows: Sequence[Row]) -> Figure:
     shares = {name: [float(row.get(f"trust/{name}_fraction") or 0.0) for row in train] for name in REASONS}
     shown = [name for name in REASONS if any(shares[name])]
     if not train or not shown:
-        why = "No training update has been logged yet." if not train else "No token was held back in any update."
+        why = "No token was held back in any update."
+        if not train:
+            why = "No update has had a loss token." if logged else "No training update has been logged yet."
         _title(left, "Tokens held back by the trust region")
         _say(left, why)
         _title(right, "By update of a rollout batch")

@@ -79,7 +79,7 @@ def judged(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
         for row in rows
         if row.get("kind") == "train"
         and row.get("trust/masked_fraction") is not None
-        and ("trust/kept_fraction" not in row or any(row.get(name) for name in names))
+        and any(row.get(name) for name in names)
     ]
 
 
