@@ -1,6 +1,6 @@
 """The study of seven rules x five seeds x two tasks: raw results, and tables and figures for docs/results.md.
 
-    cppo compare benchmarks/study/chain-24.yaml --jobs 2 --out studies/chain-24          # an hour or two on two cores
+    cppo compare benchmarks/study/chain-24.yaml --jobs 2 --out studies/chain-24    # half an hour each on two cores
     cppo compare benchmarks/study/automaton-8x12.yaml --jobs 2 --out studies/automaton-8x12
     python -m benchmarks.study_results --collect studies/chain-24 studies/automaton-8x12
     python -m benchmarks.study_results --docs docs
@@ -28,12 +28,15 @@ from cppo.study.statistics import Estimate, probability_of_improvement
 from cppo.study.store import load_plan
 from cppo.training import files, yaml_io
 from cppo.training.positions import rounded
+from cppo.training.recorder import read_metrics
 
 RESULTS = Path(__file__).parent / "results"
 NAMES = ("chain-24", "automaton-8x12", "automaton-8x24", "chain-24-moe")
 FRONTIER = "chain-24-frontier"
 #: The rule that the second table measures the others against.
 SUBJECT = "cppo"
+#: Column -> metric of an update.
+UPDATE = {"masked": "trust/masked_fraction", "gradient norm": "grad_norm", "mean divergence": "trust/divergence_mean"}
 
 
 # -- raw results -----------------------------------------------------------------------------------------------------
@@ -65,6 +68,29 @@ def collect(folder: Path) -> Path:
     head = json.dumps(about, indent=2).removesuffix("\n}")
     files.atomic_write_text(path, f'{head},\n  "runs": [\n{lines}\n  ]\n}}\n')
     return path
+
+
+def collect_updates(run: Path) -> Path:
+    """Write what the rule saw at each update of a run's first two rollout batches to study_updates.json, by run."""
+    rows = [row for row in read_metrics(run, "train") if row["step"] <= 2]
+    path = RESULTS / "study_updates.json"
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    study = run.resolve().parents[1].name
+    found[f"{study}/{run.name}"] = [{key: row[key] for key in ("step", "update", *UPDATE.values())} for row in rows]
+    files.atomic_write_json(path, found)
+    return path
+
+
+def updates_table() -> str:
+    """Some updates of these runs: share of tokens held back, gradient norm, mean divergence before the update."""
+    runs = json.loads((RESULTS / "study_updates.json").read_text(encoding="utf-8"))
+    rows = [
+        (name, str(row["update"]), *(f"{row[key]:.2g}" for key in UPDATE.values()))
+        for name, found in runs.items()
+        for row in found
+        if row["update"] in (2, 3, 6, 10, 16, 17, 18)
+    ]
+    return tables.pipes(tables.Cells("", ("run", "update", *UPDATE), tuple(rows)))
 
 
 def _shorter(value: Any) -> Any:
@@ -104,8 +130,9 @@ def all_tables() -> dict[str, str]:
     """Marker of docs/results.md -> table."""
     found = {marker: table for name in NAMES for marker, table in study_tables(name).items()}
     found["rules"] = "\n".join(f"- {variant.name}: `{variant.rule}`" for variant in load(NAMES[0]).variants)
+    found["updates"] = updates_table()
     found[FRONTIER] = "\n\n".join(
-        f"{cells.title}:\n\n{_markdown(cells)}" for cells in ablate_tables.frontier(load_frontier())
+        f"{cells.title}:\n\n{tables.pipes(cells)}" for cells in ablate_tables.frontier(load_frontier())
     )
     return found
 
@@ -113,7 +140,7 @@ def all_tables() -> dict[str, str]:
 def study_tables(name: str) -> dict[str, str]:
     """The same, of one study."""
     results = load(name, SUBJECT)
-    found = {f"{name}-scores": _markdown(tables.cells(load(name))[0])}
+    found = {f"{name}-scores": tables.pipes(tables.cells(load(name))[0])}
     columns = ("", "best", "final", f"P({SUBJECT} better), final", "collapsed", "masked")
     rows = []
     for variant in results.variants:
@@ -124,7 +151,7 @@ def study_tables(name: str) -> dict[str, str]:
         else:
             better = _better(results, SUBJECT, variant.name)
             rows.append((variant.name, _less(variant.difference), _less(variant.final_difference), better, *end))
-    found[f"{name}-differences"] = _markdown(tables.Cells("", columns, tuple(rows)))
+    found[f"{name}-differences"] = tables.pipes(tables.Cells("", columns, tuple(rows)))
     found[f"{name}-seeds"] = _by_seed(results)
     return found
 
@@ -136,7 +163,7 @@ def _by_seed(results: Results) -> str:
     final = {(record.variant, record.seed): record.final[MEAN] for record in results.records}
     rows = [("before training", *(f"{100 * start[seed]:.1f}" for seed in seeds))]
     rows += [(v.name, *(f"{100 * final[v.name, seed]:.1f}" for seed in seeds)) for v in results.variants]
-    return _markdown(tables.Cells("", ("", *(f"seed {seed}" for seed in seeds)), tuple(rows)))
+    return tables.pipes(tables.Cells("", ("", *(f"seed {seed}" for seed in seeds)), tuple(rows)))
 
 
 def _less(estimate: Estimate | None) -> str:
@@ -155,16 +182,6 @@ def _better(results: Results, one: str, other: str) -> str:
     }
     found = probability_of_improvement(scores[one], scores[other])
     return tables.share(found)
-
-
-def _markdown(cells: tables.Cells) -> str:
-    return "\n".join(
-        [
-            tables.line(cells.columns),
-            tables.line(["---", *["---:"] * (len(cells.columns) - 1)]),
-            *map(tables.line, cells.rows),
-        ]
-    )
 
 
 # -- figure ----------------------------------------------------------------------------------------------------------
@@ -198,10 +215,13 @@ def draw(path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--collect", type=Path, nargs="+", help="folders of the studies", default=[])
+    parser.add_argument("--updates", type=Path, nargs="+", help="folders of runs, for the table of updates", default=[])
     parser.add_argument("--docs", type=Path, help="write the tables of results.md and its figure in this folder")
     options = parser.parse_args()
     for folder in options.collect:
         print(f"Written: {collect(folder)}")
+    for folder in options.updates:
+        print(f"Written: {collect_updates(folder)}")
     if options.docs:
         page = options.docs / "results.md"
         if missing := [

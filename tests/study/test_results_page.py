@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import permutations
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from benchmarks.study_results import NAMES, all_tables, load, load_frontier
 
 from cppo.study.compare import TABLE_1
 from cppo.study.results import collapse
+from cppo.study.statistics import paired_difference
 
 PAGE = Path(__file__).parents[2] / "docs" / "results.md"
 
@@ -36,6 +38,18 @@ def test_the_studies_are_whole_and_matched(name: str) -> None:
         assert collapse(record.rewards) == record.collapsed_at
         for benchmark, scores in record.final_problems.items():
             assert sum(scores) / len(scores) == pytest.approx(record.final[benchmark], abs=1e-5)
+
+
+def test_differences_beyond_noise_are_those_that_the_page_names() -> None:
+    found = {}
+    for name in NAMES[:2]:
+        scores = {variant.name: {} for variant in load(name).variants}
+        for record in load(name).records:
+            scores[record.variant][record.seed] = list(record.final_problems.values())
+        gaps = {pair: paired_difference(*(scores[rule] for rule in pair)) for pair in permutations(scores, 2)}
+        found[name] = {pair for pair, gap in gaps.items() if gap.low > 0}
+    assert found[NAMES[0]] == {("cppo", "minpro"), ("grpo", "cispo")}
+    assert found[NAMES[1]] == {(one, other) for one in ("cppo", "grpo") for other in ("minpro", "trm_max", "trm_avg")}
 
 
 def test_rules_had_the_same_parameters_in_all_studies() -> None:
