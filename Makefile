@@ -49,7 +49,7 @@ $(VENV)-vllm/.installed: pyproject.toml constraints-vllm.txt
 	$(VENV)-vllm/bin/python -m pip install --quiet --upgrade pip
 	$(VENV)-vllm/bin/python -m pip install --quiet --no-deps -r constraints-vllm.txt
 	$(VENV)-vllm/bin/python -m pip install --quiet --no-deps --editable .
-	$(VENV)-vllm/bin/python tests/verl/support/vllm_dist_info.py
+	$(VENV)-vllm/bin/python tests/engines/verl/support/vllm_dist_info.py
 	@touch $@
 
 # SkyRL with its Tinker server, Tinker's SDK, and what the parts of SkyRL, OpenRLHF and AReaL that run here import
@@ -70,16 +70,16 @@ $(VENV)-engines/.installed: pyproject.toml constraints-engines.txt
 
 .PHONY: test-verl-quick
 test-verl-quick: setup-verl
-	OMP_NUM_THREADS=1 $(VENV)-verl/bin/python -m pytest tests/verl -m "not e2e and not vllm" $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)-verl/bin/python -m pytest tests/engines/verl -m "not e2e and not vllm" $(ARGS)
 
 test-verl: setup-verl  ## verl's whole trainer on the CPU, every rule, and learning (minutes)
-	OMP_NUM_THREADS=1 $(VENV)-verl/bin/python -m pytest tests/verl -m e2e $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)-verl/bin/python -m pytest tests/engines/verl -m e2e $(ARGS)
 
 test-vllm: setup-vllm  ## the same with a real vLLM as the sampler (minutes)
-	OMP_NUM_THREADS=1 $(VENV)-vllm/bin/python -m pytest tests/verl -m vllm $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)-vllm/bin/python -m pytest tests/engines/verl -m vllm $(ARGS)
 
 test-engines: setup-engines  ## the other adapters against the real packages
-	OMP_NUM_THREADS=1 $(VENV)-engines/bin/python -m pytest tests/engines $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)-engines/bin/python -m pytest tests/engines --ignore tests/engines/verl --ignore tests/engines/trl $(ARGS)
 
 lint: setup  ## formatting, lint and types
 	$(BIN)/ruff format --check .
@@ -95,7 +95,7 @@ bench: setup  ## speed and memory as ratios; figures go to benchmarks/results/
 	$(BIN)/python -m benchmarks.update --json benchmarks/results/update.json
 	$(BIN)/python -m benchmarks.scale --json benchmarks/results/scale.json --figure docs/images/scale.png
 	$(BIN)/python -m benchmarks.theory --json benchmarks/results/theory.json
-	$(BIN)/python -m benchmarks.theory_figures --docs docs
+	$(BIN)/python -m pages.theory --docs docs
 	$(BIN)/python -m benchmarks.inspect_dump --json benchmarks/results/inspect_dump.json
 
 bench-scoring: setup  ## scoring and divergences against other ways (about 35 minutes; ARGS="--plan quick": 5); tables go to docs/, too

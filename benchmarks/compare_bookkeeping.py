@@ -20,14 +20,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+from cppo import files
+from cppo.config import yaml_io
 from cppo.study.store import load_plan
-from cppo.training import files, yaml_io
 
 SETTINGS = ["steps=6", "warmup.steps=100", "evaluation.problems=16"]
 PROGRAM = """
 import json, resource, sys, time
 from rich.console import Console
-from cppo.cli_compare import compare
+from cppo.cli.compare import compare
 began = time.monotonic()
 status = compare(None, sys.argv[3:], rules="dppo,cppo", seeds=2, jobs=1, out=__import__("pathlib").Path(sys.argv[1]),
                  console=Console(quiet=True))

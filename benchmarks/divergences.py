@@ -26,17 +26,17 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 import cppo
 from benchmarks.core import write_json
-from benchmarks.scoring_report import fill
 from cppo import divergence
 from cppo.advantages import group_advantages
+from cppo.config.load import Config, load_config
 from cppo.rules.base import moves_away
+from cppo.runs.checkpoints import Checkpoints
 from cppo.scoring import RaggedTopK, adaptive_for_rule
 from cppo.tasks import make_task
-from cppo.training.checkpoints import Checkpoints
-from cppo.training.config import Config, load_config
 from cppo.training.evaluate import score_all
 from cppo.training.models import load_tokenizer
 from cppo.training.run import train
+from pages.scoring import fill
 
 KS = (1, 2, 4, 8)
 EVERY = 4

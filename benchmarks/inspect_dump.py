@@ -26,14 +26,14 @@ from typing import Any
 import numpy as np
 
 from benchmarks.core import write_json
-from cppo.study.dump import write_dump
+from cppo.dumps.dump import write_dump
 
 TARGET = {"seconds": 20.0, "gigabytes": 2.0}
 WORKER = """
 import re, resource, sys
 from pathlib import Path
 from rich.console import Console
-from cppo.cli_inspect import run
+from cppo.cli.inspect import run
 with open("/dev/null", "w") as nothing:
     run(Path(sys.argv[1]), out=Path(sys.argv[2]), console=Console(file=nothing))
 used = resource.getrusage(resource.RUSAGE_SELF)

@@ -31,11 +31,11 @@ import torch
 
 import cppo
 from benchmarks.core import write_json
-from cppo.engines.trl_rewards import attach_rewards
+from cppo.engines.trl.batch import attach_rewards
+from cppo.files import atomic_write_json, atomic_write_text, read_jsonl
 from cppo.study.compare import TABLE_1, rule_variants
 from cppo.study.plan import Plan, PlannedRun, make_plan
 from cppo.study.store import open_study
-from cppo.training.files import atomic_write_json, atomic_write_text, read_jsonl
 from cppo.training.recorder import RunRecorder
 
 TARGET = {"seconds": 30.0, "megabytes": 5.0}
@@ -46,7 +46,7 @@ WORKER = """
 import re, resource, sys
 from pathlib import Path
 from rich.console import Console
-from cppo.cli_report import run
+from cppo.cli.report import run
 with open("/dev/null", "w") as nothing:
     run(Path(sys.argv[1]), Path(sys.argv[2]), console=Console(file=nothing))
 used = resource.getrusage(resource.RUSAGE_SELF)

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import cppo
 from benchmarks.core import inputs
-from cppo.prefix import Shard
+from cppo.layout_sharded import Shard
 from cppo.scoring import VocabShard, score_ids
 
 RULES: dict[str, dict[str, Any]] = {

@@ -33,8 +33,8 @@ from torch import Tensor
 
 from benchmarks.core import write_json
 from benchmarks.scoring_methods import METHODS, Inputs, make_inputs
-from benchmarks.scoring_report import cost_table, fill, targets, to_markdown
 from cppo.scoring import Distributions, exact_divergence, score_tokens
+from pages.scoring import cost_table, fill, targets, to_markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDTH, SHOWN = 1024, 16

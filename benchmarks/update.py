@@ -23,11 +23,11 @@ import torch
 from datasets import Dataset
 from transformers import PrinterCallback, TrainerCallback
 
-from cppo.engines.trl import TrustRegionTrainer, trust_region_config
+from cppo.config.load import load_config, trl_config_kwargs
+from cppo.engines.trl.trainer import TrustRegionTrainer, trust_region_config
+from cppo.files import atomic_write_json
 from cppo.rules import TrustRegion
 from cppo.tasks import make_task
-from cppo.training.config import load_config, trl_config_kwargs
-from cppo.training.files import atomic_write_json
 from cppo.training.models import build_policy
 
 DIVERGENCES = ("binary_tv", "topk_tv")

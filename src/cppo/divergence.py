@@ -195,3 +195,7 @@ def exact_kl(policy_logits: Tensor, rollout_logits: Tensor) -> Tensor:
     """
     log_p, log_m = _rows(policy_logits, rollout_logits)
     return _kl_term(log_m.exp(), log_m, log_p).sum(-1).clamp(min=0.0)
+
+
+#: Divergences that need nothing but the sampled token's two log-probabilities.
+BINARY = ("binary_tv", "binary_kl")

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cppo.prefix import Padded
+from cppo.layout import Padded
 from cppo.rules.base import Reason, Verdict
 from cppo.tokens import TokenBatch
 

@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from cppo.prefix import Layout, Packed, Shard, layout
+from cppo.layout import Layout, Packed, Padded
+from cppo.layout_sharded import Shard, Sharded
 
 #: The log-ratio is bounded from above here before it is exponentiated: e^20 = 4.9e8 keeps float32 finite (the bound
 #: that verl, Stable-RL and UniRL use). There is no lower bound: e^-95 is just a small number.
@@ -217,3 +218,10 @@ class TokenBatch:
                     "estimate of one."
                 )
         return self
+
+
+def layout(cu_seqlens: Tensor | None = None, shard: Shard | None = None) -> Layout:
+    """The layout of a batch: packed with ``cu_seqlens``, a context-parallel slice with ``shard``, else padded."""
+    if cu_seqlens is not None:
+        return Packed(cu_seqlens)
+    return Padded() if shard is None else Sharded(shard)

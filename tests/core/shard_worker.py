@@ -15,7 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 import cppo
-from cppo.prefix import Layout, Shard, layout
+from cppo.layout import Layout
+from cppo.layout_sharded import Shard
+from cppo.tokens import layout
 
 from .cases import CASES, make, random_responses
 

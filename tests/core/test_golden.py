@@ -18,7 +18,7 @@ from torch import Tensor
 import cppo
 from cppo import Reason, divergence
 from cppo.advantages import group_advantages, zero_spread
-from cppo.prefix import layout
+from cppo.tokens import layout
 
 from . import reference
 

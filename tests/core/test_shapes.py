@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import cppo
+from cppo.rules.weights import SHAPES
 from cppo.theory.schedules import make_schedule
-from cppo.weights import SHAPES
 
 from .cases import pack, pad, random_responses
 

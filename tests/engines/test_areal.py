@@ -20,8 +20,9 @@ from cppo.engines import areal
 from cppo.engines.support import RULE_VARIABLE, EngineChangedError, EngineVersionWarning
 from cppo.errors import UserError
 
-from . import contract, stubs_areal
+from . import contract
 from .contract import Outcome, Sample
+from .stubs import areal as stubs_areal
 
 if "areal" not in sys.modules and find_spec("areal") is None:
     pytest.skip("AReaL is not installed: make setup-engines", allow_module_level=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 import cppo
 from cppo.engines.support import TrustRegionLoss, sampled_token_rule
 from cppo.errors import UserError
-from cppo.prefix import Shard
+from cppo.layout_sharded import Shard
 
 from . import contract
 from .contract import Outcome, Sample

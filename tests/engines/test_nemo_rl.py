@@ -16,9 +16,10 @@ from cppo.engines.nemo_rl import TrustRegionLossFn
 from cppo.engines.support import EngineChangedError
 from cppo.errors import UserError
 
-from . import contract, stubs_nemo_rl
+from . import contract
 from .contract import Outcome, Sample
-from .stubs_nemo_rl import ClippedPGLossFn
+from .stubs import nemo_rl as stubs_nemo_rl
+from .stubs.nemo_rl import ClippedPGLossFn
 
 
 def rows(samples: Sequence[Sample]) -> dict[str, Tensor]:

@@ -19,8 +19,9 @@ from cppo.engines import openrlhf
 from cppo.engines.support import RULE_VARIABLE, EngineChangedError, EngineVersionWarning
 from cppo.errors import UserError
 
-from . import contract, stubs_openrlhf
+from . import contract
 from .contract import Outcome, Sample
+from .stubs import openrlhf as stubs_openrlhf
 
 if find_spec("openrlhf") is None:
     pytest.skip("OpenRLHF is not installed: make setup-engines", allow_module_level=True)
@@ -183,7 +184,7 @@ def test_rays_worker_hook() -> None:
 
         @ray.remote
         def made() -> tuple[str, str]:
-            from engines import stubs_openrlhf
+            from engines.stubs import openrlhf as stubs_openrlhf
 
             loss = stubs_openrlhf.load()[0].PolicyLoss(is_correction_level="token")
             return type(loss).__name__, str(loss.judge.rule)

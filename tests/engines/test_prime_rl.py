@@ -14,9 +14,10 @@ from cppo.engines import prime_rl
 from cppo.engines.support import EngineChangedError
 from cppo.errors import UserError
 
-from . import contract, stubs_prime_rl
+from . import contract
 from .contract import Outcome, Sample
-from .stubs_prime_rl import LossInputs
+from .stubs import prime_rl as stubs_prime_rl
+from .stubs.prime_rl import LossInputs
 
 PATH = "cppo.engines.prime_rl.loss"
 

@@ -14,8 +14,9 @@ from cppo.engines import slime
 from cppo.engines.support import EngineChangedError
 from cppo.errors import UserError
 
-from . import contract, stubs_slime
+from . import contract
 from .contract import Outcome, Sample
+from .stubs import slime as stubs_slime
 
 
 @pytest.fixture(autouse=True)

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from cppo.cli_report import run
+from cppo.cli.report import run
+from cppo.files import atomic_write_json
 from cppo.report.page import Report, build
 from cppo.report.source import open_source
-from cppo.training.files import atomic_write_json
 
 from .made import plan_of, write_run, write_study
 

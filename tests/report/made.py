@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
+import synthetic
+from cppo.config.load import Config
+from cppo.files import atomic_write_json, atomic_write_text
+from cppo.runs.records import append_metrics
 from cppo.study.compare import rule_variants
 from cppo.study.plan import Plan, make_plan
 from cppo.study.store import open_study
-from cppo.training.config import Config
-from cppo.training.files import atomic_write_json, atomic_write_text
-from cppo.training.recorder import RunRecorder, append_metrics
-
-TRAINING = Path(__file__).parents[1] / "training"
-sys.path.insert(0, str(TRAINING))
-import synthetic  # noqa: E402
+from cppo.training.recorder import RunRecorder
 
 STEPS, UPDATES, EVERY = 8, 4, 4
 #: What a model or a prompt could say to break out of the page.

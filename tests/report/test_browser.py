@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from cppo.cli_report import run
+from cppo.cli.report import run
 
 DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 360, "height": 740}
 #: Contrast (WCAG 2) between the colour of every text and what is behind it, where it is below 4.5.

@@ -11,16 +11,17 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from cppo import cli_report
-from cppo.cli_compare import compare
-from cppo.cli_report import run
+from cppo.cli import report as cli_report
+from cppo.cli.compare import compare
+from cppo.cli.report import run
 from cppo.errors import UserError
 from cppo.report.charts import Section
 from cppo.report.figures import draw, draw_threshold, write_figures
 from cppo.report.page import build
 from cppo.report.source import open_source
+from study.planned import TRAINING
 
-from .made import TRAINING, plan_of, write_run
+from .made import plan_of, write_run
 
 
 def said(*arguments, **options):

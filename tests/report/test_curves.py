@@ -8,8 +8,8 @@ import pytest
 from cppo.report.curves import Metric, band, by_step, chart_of, thinned, training_charts
 from cppo.report.source import open_source
 from cppo.report.trust import result_chart, trust_section
+from cppo.runs.records import read_metrics
 from cppo.study.statistics import expanded_level
-from cppo.training.recorder import read_metrics
 
 from .made import STEPS
 

@@ -11,12 +11,12 @@ import shutil
 
 import pytest
 
-from cppo.cli_report import run
+from cppo.cli.report import run
+from cppo.dumps.dump import write_dump
 from cppo.errors import UserError
 from cppo.report import page as page_module
 from cppo.report.page import LIMIT, build, embedded, render
 from cppo.report.source import open_source
-from cppo.study.dump import write_dump
 from cppo.study.results import read_results
 from cppo.study.store import load_plan
 from cppo.study.tables import cells, notes

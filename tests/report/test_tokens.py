@@ -12,14 +12,14 @@ import torch
 
 import cppo
 from cppo import Reason
+from cppo.dumps.dump import read_dump
+from cppo.dumps.inspect import judge
+from cppo.dumps.scores import Scores
+from cppo.files import read_jsonl
 from cppo.report.figures import draw_threshold
 from cppo.report.judges import Judge, judge_tokens, judges_of, recorded
 from cppo.report.source import open_source
 from cppo.report.tokens import _candidates, spread, token_data
-from cppo.study.dump import read_dump
-from cppo.study.inspect import judge
-from cppo.study.inspect_scores import Scores
-from cppo.training.files import read_jsonl
 
 from .made import EVIL, STEPS, plan_of, write_run
 

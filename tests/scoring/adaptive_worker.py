@@ -11,7 +11,7 @@ from torch import Tensor
 
 import cppo
 from cppo import TokenBatch
-from cppo.prefix import Shard
+from cppo.layout_sharded import Shard
 from cppo.scoring.adaptive import adaptive_for_rule
 
 from .adaptive_cases import Exact, scored

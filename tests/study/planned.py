@@ -8,12 +8,12 @@ from pathlib import Path
 
 from rich.console import Console
 
+from cppo.show.progress import RunProgress
 from cppo.study import runner as runner_module
 from cppo.study.compare import rule_variants
 from cppo.study.plan import make_plan
 from cppo.study.runner import Runner
 from cppo.study.store import open_study
-from cppo.training.progress import RunProgress
 
 TRAINING = Path(__file__).parents[1] / "training"
 STEPS = 3

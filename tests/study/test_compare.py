@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from cppo.cli_compare import compare
+from cppo.cli.compare import compare
 from cppo.errors import UserError
 from cppo.study import compare as compare_module
 from cppo.study.plan import Variant, make_plan

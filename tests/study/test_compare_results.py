@@ -8,12 +8,12 @@ import random
 import pytest
 from rich.console import Console
 
+from cppo.runs.records import append_metrics
 from cppo.study import results as results_module
 from cppo.study import tables
 from cppo.study.compare import write_results
 from cppo.study.results import RunRecord, collapse, read_results, read_run, summarise
 from cppo.study.store import open_study
-from cppo.training.recorder import append_metrics
 
 from .planned import TRAINING, plan_of
 

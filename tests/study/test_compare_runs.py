@@ -14,13 +14,13 @@ import pytest
 from rich.console import Console
 
 from cppo.errors import UserError
+from cppo.files import DiskFullError
+from cppo.show.progress import RunProgress
 from cppo.study.compare import execute
 from cppo.study.results import read_results
 from cppo.study.runner import Runner
 from cppo.study.status import finished, last_error, newest_step
 from cppo.study.store import load_plan
-from cppo.training.files import DiskFullError
-from cppo.training.progress import RunProgress
 
 from .planned import programmed
 

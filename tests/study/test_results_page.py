@@ -7,17 +7,17 @@ from itertools import permutations
 from pathlib import Path
 
 import pytest
-from benchmarks.study_results import NAMES, all_tables, load, load_frontier
 
 from cppo.study.compare import TABLE_1
 from cppo.study.results import collapse
 from cppo.study.statistics import paired_difference
+from pages.results import NAMES, all_tables, load, load_frontier
 
 PAGE = Path(__file__).parents[2] / "docs" / "results.md"
 
 
 def test_the_tables_of_the_page() -> None:
-    """`python -m benchmarks.study_results --docs docs` has been run since results or statistics changed."""
+    """`python -m pages.results --docs docs` has been run since results or statistics changed."""
     page = PAGE.read_text(encoding="utf-8")
     tables = all_tables()
     assert set(tables) == set(re.findall(r"<!-- (\S+):begin -->", page))

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.theory_figures import exact_tables
+from pages.theory import exact_tables
 
 PAGE = Path(__file__).parents[2] / "docs" / "theory.md"
 
@@ -21,7 +21,7 @@ def test_the_examples_of_the_page_run() -> None:
 
 
 def test_the_tables_of_the_page() -> None:
-    """`python -m benchmarks.theory_figures --docs docs` has been run since a bound changed."""
+    """`python -m pages.theory --docs docs` has been run since a bound changed."""
     page = PAGE.read_text()
     for name, text in exact_tables().items():
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"

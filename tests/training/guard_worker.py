@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import torch
 
+from cppo.runs.checkpoints import Checkpoints
 from cppo.training.callbacks import NonFiniteGuard
-from cppo.training.checkpoints import Checkpoints
 from cppo.training.processes import start_processes
 
 rank = start_processes().process_index

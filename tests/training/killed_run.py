@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from transformers import Trainer
 
-from cppo.engines.trl import TrustRegionTrainer
+from cppo.config.load import load_config
+from cppo.engines.trl.trainer import TrustRegionTrainer
 from cppo.training import run
-from cppo.training.config import load_config
 
 
 def die() -> None:

@@ -15,11 +15,11 @@ import pytest
 import torch
 
 import cppo
+from cppo.config.load import load_config
 from cppo.errors import UserError
+from cppo.runs.calibration import read_calibration, read_sample, rule_as_run, rule_of_run, truncate_calibration
+from cppo.thresholds import solve
 from cppo.training import run as run_module
-from cppo.training.calibration import read_calibration, read_sample, rule_as_run, rule_of_run, truncate_calibration
-from cppo.training.config import load_config
-from cppo.training.thresholds import solve
 
 HERE = Path(__file__).parent
 SETTINGS = [

@@ -7,16 +7,17 @@ import math
 from pathlib import Path
 
 import pytest
-import synthetic
 import torch
 
 import cppo
-from cppo.training import files
+import synthetic
+from cppo import files
+from cppo.files import read_jsonl
+from cppo.runs.positions import MAX_BUCKETS, by_position
+from cppo.runs.records import append_metrics, judged, read_metrics, samples_path
+from cppo.runs.samples import read_samples
 from cppo.training import recorder as recording
-from cppo.training.files import read_jsonl
-from cppo.training.positions import MAX_BUCKETS, by_position
-from cppo.training.recorder import RunRecorder, append_metrics, read_metrics, samples_path
-from cppo.training.samples import read_samples
+from cppo.training.recorder import RunRecorder
 
 
 def recorder(folder: Path, **kwargs: int) -> RunRecorder:
@@ -67,7 +68,7 @@ def test_judged_updates_are_those_in_which_a_rule_saw_a_token() -> None:
     ]
     rows += [{"kind": "evaluation", "avg/mean": 0.5}, {"kind": "train", "update": 3, "loss": 0.1}]
     assert rows[1]["trust/masked_fraction"] == 0
-    assert [row["update"] for row in recording.judged(rows)] == [0, 2]
+    assert [row["update"] for row in judged(rows)] == [0, 2]
 
 
 def test_positions_are_of_the_last_update_and_count_loss_tokens(tmp_path: Path) -> None:

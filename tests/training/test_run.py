@@ -20,12 +20,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from cppo import RULES, cli
+from cppo import RULES
+from cppo.cli import app as cli
+from cppo.config.load import load_config
+from cppo.files import DiskFullError
+from cppo.runs.checkpoints import Checkpoints
 from cppo.training import run as run_module
 from cppo.training.callbacks import NonFiniteError
-from cppo.training.checkpoints import Checkpoints
-from cppo.training.config import load_config
-from cppo.training.files import DiskFullError
 
 HERE = Path(__file__).parent
 TINY = ["tiny.hidden_size=32", "tiny.layers=1", "tiny.heads=2", "warmup.steps=20", "warmup.batch_size=16"]

@@ -23,13 +23,7 @@ from typing import Any
 
 import torch
 
-from cppo.engines.support import (
-    TrustRegionLoss,
-    check_version,
-    require_parameters,
-    sampled_token_rule,
-    steady_metrics,
-)
+from cppo.engines.support import TrustRegionLoss, check_version, require_parameters, sampled_token_rule, steady_metrics
 from cppo.errors import UserError
 from cppo.tokens import TokenBatch
 

@@ -17,13 +17,11 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
+from cppo.divergence import BINARY
 from cppo.errors import UserError
 from cppo.objective import metrics, token_loss
 from cppo.rules import TrustRegion, Verdict, make_rule
 from cppo.tokens import TokenBatch
-
-#: Divergences that need nothing but the sampled token's two log-probabilities.
-BINARY = ("binary_tv", "binary_kl")
 
 #: Environment variable that carries a rule into worker processes of engines without settings for it; JSON.
 RULE_VARIABLE = "CPPO_RULE"

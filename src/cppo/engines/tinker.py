@@ -19,7 +19,8 @@ from tinker import TrainingClient, types  # type: ignore[import-not-found]
 from torch import Tensor
 
 from cppo import divergence
-from cppo.engines.support import BINARY, TrustRegionLoss, check_version, require_parameters
+from cppo.divergence import BINARY
+from cppo.engines.support import TrustRegionLoss, check_version, require_parameters
 from cppo.errors import UserError
 from cppo.rules import TrustRegion
 from cppo.tokens import TokenBatch

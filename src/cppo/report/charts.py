@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from cppo.training.positions import rounded
+from cppo.runs.positions import rounded
 
 Numbers = Sequence[float | None]
 

@@ -20,9 +20,8 @@ from scipy import stats
 
 from cppo.report.charts import Chart, Line, Section, Thin
 from cppo.report.source import RunFiles, Source
+from cppo.runs.records import benchmarks, judged
 from cppo.study.statistics import expanded_level
-from cppo.training.plots import benchmarks
-from cppo.training.recorder import judged
 
 Array = NDArray[np.float64]
 Curve = dict[int, float]

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from cppo.dumps.dump import read_dump
+from cppo.dumps.inspect import inspect_dump
 from cppo.report.charts import Chart, Line, Section
 from cppo.report.words import dump_tables
-from cppo.study.dump import read_dump
-from cppo.study.inspect import inspect_dump
-from cppo.study.tables import Cells
+from cppo.show.tables import Cells
 
 
 def dump_report(path: Path) -> tuple[Section, list[Cells], list[str]]:

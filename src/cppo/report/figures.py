@@ -13,10 +13,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
-from cppo import Reason
 from cppo.report.charts import Chart, Numbers
-from cppo.study.drawing import save_figure
-from cppo.training.plots import GREEN, GREY, LINES, REASONS
+from cppo.rules import Reason
+from cppo.runs.plots import GREEN, GREY, LINES, REASONS
+from cppo.show.figures import save_figure
 
 if TYPE_CHECKING:
     from cppo.report.page import Report

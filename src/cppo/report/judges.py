@@ -11,12 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from cppo import CPPO, RULES, Reason, TrustRegion, make_rule
+from cppo.dumps.dump import Array, Dump
+from cppo.dumps.scores import Scores
 from cppo.report.source import Source
-from cppo.rules import CISPO, PPOClip
+from cppo.rules import CISPO, CPPO, RULES, PPOClip, Reason, TrustRegion, make_rule
 from cppo.study.compare import TOKEN_LIMITS
-from cppo.study.dump import Array, Dump
-from cppo.study.inspect_scores import Scores
 
 #: Rules at most: an ablation has hundreds of variants.
 MOST = 16

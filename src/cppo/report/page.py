@@ -26,7 +26,7 @@ from cppo.report.dumps import dump_report
 from cppo.report.source import Source
 from cppo.report.tokens import REASON_CODES, TokenData, token_data
 from cppo.report.trust import result_chart, trust_section
-from cppo.training.samples import REASONS, printable
+from cppo.runs.samples import REASONS, printable
 
 #: The largest page, in bytes.
 LIMIT = 5_000_000

@@ -15,17 +15,17 @@ from typing import Any
 
 import yaml
 
+from cppo.config import yaml_io
+from cppo.dumps.read import SUFFIXES
 from cppo.errors import UserError
+from cppo.files import read_jsonl
 from cppo.rules import TrustRegion
-from cppo.study.dump_rows import SUFFIXES
+from cppo.runs.calibration import rule_of_run
+from cppo.runs.certificates import read_certificates
+from cppo.runs.records import POSITIONS_FILE, SAMPLES_FOLDER, read_metrics
 from cppo.study.plan import Plan
 from cppo.study.results import Results, read_results
 from cppo.study.store import STUDY_FILE, load_plan
-from cppo.training import yaml_io
-from cppo.training.calibration import rule_of_run
-from cppo.training.certificates import read_certificates
-from cppo.training.files import read_jsonl
-from cppo.training.recorder import POSITIONS_FILE, SAMPLES_FOLDER, read_metrics
 
 Row = Mapping[str, Any]
 

@@ -16,17 +16,17 @@ from typing import Any
 
 import numpy as np
 
-from cppo import Reason, TrustRegion
+from cppo.dumps.dump import Array, Dump, read_dump
+from cppo.dumps.inspect import last_update
+from cppo.dumps.scores import Scores
 from cppo.errors import UserError
+from cppo.files import read_jsonl
 from cppo.report.charts import Chart, short, short_one
 from cppo.report.curves import Curve, Metric, chart_of
 from cppo.report.judges import CLOSE, HELD_BACK, Judge, Judged, judge_tokens, judges_of, recorded
 from cppo.report.source import RunFiles, Source
-from cppo.study.dump import Array, Dump, read_dump
-from cppo.study.inspect import last_update
-from cppo.study.inspect_scores import Scores
-from cppo.training.files import read_jsonl
-from cppo.training.samples import printable
+from cppo.rules import Reason, TrustRegion
+from cppo.runs.samples import printable
 
 #: Tokens of a response on the page; a browser draws so many at once without a pause.
 LONGEST = 3000

@@ -12,9 +12,9 @@ import numpy as np
 from cppo.report.charts import Bar, Chart, Layer, Line, Section
 from cppo.report.curves import Metric, by_step, chart_of, trust_charts
 from cppo.report.source import Row, RunFiles, Source
+from cppo.runs.plots import FEW_TOKENS, REASONS, pool_positions
+from cppo.runs.records import judged
 from cppo.study.results import MEAN, Results
-from cppo.training.plots import FEW_TOKENS, REASONS, pool_positions
-from cppo.training.recorder import judged
 
 #: Steps at the start and at the end of a run that divergence by position is pooled over.
 SPAN = 5

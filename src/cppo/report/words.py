@@ -6,15 +6,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from cppo.config import yaml_io
 from cppo.report.curves import by_step
 from cppo.report.source import FINISHED, RunFiles, Source
+from cppo.runs.records import before_and_after, benchmarks, best_evaluation, judged
+from cppo.show.progress import duration
+from cppo.show.tables import Cells
 from cppo.study.results import MEAN, Results, RunRecord, VariantSummary
-from cppo.study.tables import Cells, cells, notes, percent
-from cppo.training import yaml_io
-from cppo.training.plots import before_and_after, benchmarks
-from cppo.training.progress import duration
-from cppo.training.recorder import judged
-from cppo.training.summary import best_evaluation
+from cppo.study.tables import cells, notes, percent
 
 Pairs = list[tuple[str, str]]
 

@@ -11,7 +11,6 @@ formula as docstring and a `judge` method, decorated with `register`.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import enum
 import math
 from abc import ABC, abstractmethod
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from cppo.divergence import DIVERGENCES, binary_kl, binary_tv
 from cppo.tokens import TokenBatch
+from cppo.words import nearest
 
 
 class Reason(enum.IntEnum):
@@ -182,12 +182,6 @@ def require_cap(rule: str, ratio_cap: Any) -> None:
     if ratio_cap is not None:
         require_positive(rule, ratio_cap=ratio_cap)
         require(ratio_cap > 1, f"{rule}: ratio_cap is {ratio_cap!r}, expected a number above 1, or none.")
-
-
-def nearest(word: Any, words: Any) -> str:
-    """' Did you mean ...?' or nothing."""
-    found = difflib.get_close_matches(str(word), list(words), n=1, cutoff=0.5)
-    return f" Did you mean {found[0]!r}?" if found else ""
 
 
 #: Rules by name.

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cppo.rules.base import nearest
+from cppo.words import nearest
 
 Gate = Callable[[Tensor], Tensor]
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from cppo.prefix import Layout
+    from cppo.layout import Layout
     from cppo.rules.base import TrustRegion, Verdict
     from cppo.tokens import TokenBatch
 

@@ -20,16 +20,17 @@ from typing import TypeVar
 
 from rich.console import Console
 
+from cppo import files
+from cppo.config.keys import rule_parameters
+from cppo.config.load import Config, load_config
 from cppo.errors import UserError
-from cppo.rules.base import RULES, nearest
+from cppo.rules.base import RULES
+from cppo.show.progress import RunProgress
 from cppo.study import tables
 from cppo.study.plan import Plan, Variant, check_names
 from cppo.study.results import Results, read_results
 from cppo.study.runner import Runner
-from cppo.training import files
-from cppo.training.config import Config, load_config
-from cppo.training.keys import rule_parameters
-from cppo.training.progress import RunProgress
+from cppo.words import nearest
 
 #: Names that the field uses for a rule with certain parameters.
 ALIASES: dict[str, tuple[str, ...]] = {"grpo": ("rule=ppo_clip", "rule.eps_low=0.2", "rule.eps_high=0.28")}

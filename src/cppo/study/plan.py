@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cppo.config.load import Config, load_config
 from cppo.errors import UserError
-from cppo.training.config import Config, load_config
 
 #: Settings that the study gives each run itself, and what to say instead.
 OWN = {

@@ -16,13 +16,12 @@ from typing import Any
 
 import numpy as np
 
+from cppo.runs.calibration import rule_as_run
+from cppo.runs.records import best_evaluation, judged, read_metrics, read_problems
+from cppo.runs.summary import STEP_TIME
 from cppo.study.plan import Plan, PlannedRun
 from cppo.study.statistics import Estimate, Figure, mean_interval, paired_difference, probability_of_improvement
 from cppo.study.status import read_errors
-from cppo.training.calibration import rule_as_run
-from cppo.training.problems import read_problems
-from cppo.training.recorder import judged, read_metrics
-from cppo.training.summary import STEP_TIME, best_evaluation
 
 WINDOW = 5  # steps of the running mean in which a collapse is looked for
 MEAN = "mean"

@@ -23,12 +23,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cppo import files
 from cppo.errors import UserError
+from cppo.show.progress import RunProgress
 from cppo.study.plan import Plan, PlannedRun
 from cppo.study.status import STATUS_FILE, devices, finished, last_error, newest_step, read_errors
 from cppo.study.store import CONFIGS
-from cppo.training import files
-from cppo.training.progress import RunProgress
 
 LOCK_FILE = ".lock"
 POLL = 0.5  # seconds between two looks at the processes

@@ -8,10 +8,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from cppo import files
+from cppo.config import yaml_io
+from cppo.config.load import load_config
 from cppo.errors import UserError
 from cppo.study.plan import Plan, PlannedRun, Variant
-from cppo.training import files, yaml_io
-from cppo.training.config import load_config
 
 STUDY_FILE = "study.yaml"
 CONFIGS = "configs"

@@ -7,25 +7,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 
 from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
+from cppo.show.progress import duration
+from cppo.show.tables import Cells, pipes
 from cppo.study.results import MEAN, Results, VariantSummary
 from cppo.study.statistics import Estimate, attainable_coverage
-from cppo.training.progress import duration
-
-
-@dataclass(frozen=True)
-class Cells:
-    """A table before it is drawn; the first column is text, the others are figures."""
-
-    title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
 
 
 def percent(estimate: Estimate | None) -> str:
@@ -159,13 +150,3 @@ def markdown(results: Results) -> str:
     if rules:
         parts += ["## What was run", "\n".join(rules)]
     return "\n\n".join([*parts, *notes(results)]) + "\n"
-
-
-def pipes(table: Cells) -> str:
-    """A table in Markdown, without its title."""
-    head = [line(table.columns), line(["---", *["---:"] * (len(table.columns) - 1)])]
-    return "\n".join([*head, *map(line, table.rows)])
-
-
-def line(fields: Sequence[str]) -> str:
-    return "| " + " | ".join(field.replace("|", "\\|") for field in fields) + " |"

@@ -11,13 +11,13 @@ from pathlib import Path
 from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
+from cppo import files
+from cppo.config.load import load_config
+from cppo.runs.folder import CONFIG_FILE, latest_state, versions
+from cppo.show.progress import RunProgress
 from cppo.tasks import make_task
-from cppo.training import files
 from cppo.training.callbacks import StopRequest
-from cppo.training.config import load_config
-from cppo.training.folder import CONFIG_FILE, latest_state, versions
 from cppo.training.processes import start_processes
-from cppo.training.progress import RunProgress
 from cppo.training.run import Interrupted, Run
 
 

@@ -28,13 +28,7 @@ from cppo.theory.comparison import Constant, constants
 from cppo.theory.mixtures import causal_gate, mixture, paper_gate
 from cppo.theory.schedules import SCHEDULES, is_monotone, make_schedule, monotonicity_gaps
 from cppo.theory.tabular import Constraints, TabularProblem
-from cppo.theory.tightest import (
-    ScheduleCost,
-    Tightest,
-    compare_schedules,
-    schedule_cost,
-    tightest_residual,
-)
+from cppo.theory.tightest import ScheduleCost, Tightest, compare_schedules, schedule_cost, tightest_residual
 
 __all__ = [
     "SCHEDULES",

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from cppo.training.checkpoints import Checkpoints
+from cppo.runs.checkpoints import Checkpoints
 from cppo.training.processes import any_process
 
 #: What transformers and TRL report in seconds; kept apart from what a seed determines.

@@ -20,8 +20,8 @@ from cppo.tasks import Example, Task, make_task
 from cppo.training.processes import from_all, start_processes
 
 if TYPE_CHECKING:
-    from cppo.training.config import Config
-    from cppo.training.progress import RunProgress
+    from cppo.config.load import Config
+    from cppo.show.progress import RunProgress
 
 #: Called after each batch of sampled responses with the number of responses done.
 OnBatch = Callable[[int], None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,10 +21,12 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+from cppo import files
+from cppo.config.load import Config
 from cppo.errors import UserError
 
 if TYPE_CHECKING:
-    from cppo.training.config import Config
+    from cppo.config.load import Config
 
 SPECIAL = ("<pad>", "<eos>", "<unk>")
 
@@ -172,3 +175,28 @@ def build_policy(config: Config, alphabet: str | None) -> tuple[PreTrainedModel,
         return tiny_model(config.tiny, tokenizer, config.seed), tokenizer
     tokenizer = load_tokenizer(config.model)
     return load_model(config.model, torch.float32), tokenizer
+
+
+def load_checkpoint(path: Path) -> PreTrainedModel:
+    """The policy of a checkpoint, float32 (of an adapter with its base model)."""
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+
+
+def save_best(
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    step: int,
+    weights: dict[str, Any] | None = None,
+) -> None:
+    """Keep the policy of `step` as best/step-000010, loadable by AutoModelForCausalLM; the best before it goes.
+
+    `weights` are those of a sharded model, gathered; else the model's own are saved.
+    """
+    target = folder / "best" / f"step-{step:06d}"
+    with files.atomic_folder(target) as temporary:
+        model.save_pretrained(temporary, **({} if weights is None else {"state_dict": weights}))
+        tokenizer.save_pretrained(temporary)
+    for other in (folder / "best").glob("step-*"):
+        if other != target:
+            shutil.rmtree(other, ignore_errors=True)

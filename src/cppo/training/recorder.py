@@ -19,18 +19,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from cppo import Reason, TokenBatch, Verdict
-from cppo.engines.trl_rewards import BASELINE, GROUP, REWARD, TOKENS
-from cppo.training import files
-from cppo.training.certificates import CERTIFICATES_FILE, certificate_row
-from cppo.training.positions import by_position, rounded
-
-METRICS_FILE = "metrics.jsonl"
-POSITIONS_FILE = "positions.jsonl"
-SAMPLES_FOLDER = "samples"
-
-# reasons that change the token's gradient; `towards` exceeds a limit and is kept all the same
-HELD_BACK = (Reason.TOKEN_LIMIT, Reason.PREFIX_BUDGET, Reason.SEQUENCE_LIMIT, Reason.RATIO_CLIP)
+from cppo import files
+from cppo.engines.trl.batch import BASELINE, GROUP, REWARD, TOKENS
+from cppo.rules import Reason, Verdict
+from cppo.runs.certificates import CERTIFICATES_FILE, certificate_row
+from cppo.runs.positions import by_position, rounded
+from cppo.runs.records import HELD_BACK, POSITIONS_FILE, reason_name, samples_path, truncate_records
+from cppo.tokens import TokenBatch
 
 
 class Decoder(Protocol):
@@ -38,64 +33,6 @@ class Decoder(Protocol):
 
     def decode(self, token_ids: Any, *args: Any, **kwargs: Any) -> Any:
         """Token ids -> text."""
-
-
-def reason_name(code: int) -> str:
-    """The reason's name in files and metrics: "kept", "towards", "token_limit", ..., "outside"."""
-    return Reason(code).name.lower()
-
-
-def append_metrics(folder: str | Path, *rows: Mapping[str, Any]) -> None:
-    """Append rows to `folder`/metrics.jsonl; NaN and infinity become null.
-
-    A row needs "step" (int >= 0), "update" (int) and "kind" ("train", "warmup", "evaluation"); everything else is flat
-    numbers, text or null.  Raises: ValueError (a key is missing), files.DiskFullError.
-    """
-    for row in rows:
-        missing = [key for key in ("step", "update", "kind") if key not in row]
-        if missing:
-            raise ValueError(
-                f"A row of metrics without {', '.join(map(repr, missing))} cannot be resumed or plotted; got the keys "
-                f"{sorted(row)}. Give step, update and kind."
-            )
-    files.append_jsonl(Path(folder) / METRICS_FILE, *rows)
-
-
-def read_metrics(folder: str | Path, kind: str | None = None) -> list[dict[str, Any]]:
-    """The rows of `folder`/metrics.jsonl (of one `kind`), oldest first; [] when there are none yet."""
-    return [row for row in files.read_jsonl(Path(folder) / METRICS_FILE) if kind is None or row.get("kind") == kind]
-
-
-def judged(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The training rows of updates that had a loss token: those a share of tokens has a meaning for.
-
-    An update whose groups all have equal rewards has none (`advantages.zero_spread_filter`), and its shares are logged
-    as 0. In any other each token has one reason, so the shares of the reasons sum to 1 (averaged over micro-batches: to
-    more than 0).
-    """
-    names = [f"trust/{reason_name(code)}_fraction" for code in Reason if code != Reason.OUTSIDE]
-    return [
-        row
-        for row in rows
-        if row.get("kind") == "train"
-        and row.get("trust/masked_fraction") is not None
-        and any(row.get(name) for name in names)
-    ]
-
-
-def samples_path(folder: str | Path, step: int) -> Path:
-    """Where the sampled responses of a step lie: samples/step-000010.jsonl."""
-    return Path(folder) / SAMPLES_FOLDER / f"step-{step:06d}.jsonl"
-
-
-def truncate_records(folder: str | Path, step: int) -> None:
-    """Cut positions.jsonl, certificates.jsonl and samples/ back to `step` (resume from the checkpoint of `step`)."""
-    for name in (POSITIONS_FILE, CERTIFICATES_FILE):
-        files.truncate_after(Path(folder) / name, step)
-    for path in (Path(folder) / SAMPLES_FOLDER).glob("step-*.jsonl"):
-        number = path.stem.removeprefix("step-")
-        if number.isdigit() and int(number) > step:
-            path.unlink()
 
 
 class _Call:

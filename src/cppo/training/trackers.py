@@ -11,7 +11,7 @@ from pathlib import Path
 from transformers.integrations import INTEGRATION_TO_CALLBACK
 
 from cppo.errors import UserError
-from cppo.rules.base import nearest
+from cppo.words import nearest
 
 _LOGGING_DIR = "TENSORBOARD_LOGGING_DIR"
 

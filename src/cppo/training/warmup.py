@@ -23,9 +23,9 @@ from transformers import (
     TrainingArguments,
 )
 
+from cppo.config.load import Config
 from cppo.errors import UserError
 from cppo.tasks import Example, Task
-from cppo.training.config import Config
 from cppo.training.evaluate import prompt_ids
 
 

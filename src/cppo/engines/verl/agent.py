@@ -22,7 +22,7 @@ from torch import Tensor
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
 from verl.workers.rollout.llm_server import FullyAsyncLLMServerClient, LLMServerClient
 
-from cppo.engines.verl.vllm_keys import IDS, LOGP
+from cppo.engines.verl.config import IDS, LOGP
 from cppo.errors import UserError
 
 #: verl's names of the fields that carry a distribution a token (it made them for distillation).

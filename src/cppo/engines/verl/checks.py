@@ -6,7 +6,7 @@ import importlib.util
 import logging
 from typing import Any
 
-from cppo.engines.support import BINARY
+from cppo.divergence import BINARY
 from cppo.engines.verl.config import LOSSES, TARGET, needs_top_k, rule_of
 from cppo.errors import UserError
 from cppo.rules import TrustRegion

@@ -10,7 +10,7 @@ from verl.workers.config import PolicyLossConfig
 
 from cppo.errors import UserError
 from cppo.rules import RULES, TrustRegion, make_rule
-from cppo.rules.base import nearest
+from cppo.words import nearest
 
 #: verl's ``loss_mode`` -> our rule. verl has a loss named ``dppo_tv``, ``gspo``, ``cispo`` ...: ours begin with cppo.
 LOSSES = {"cppo" if name == "cppo" else f"cppo_{name}": name for name in RULES}
@@ -104,3 +104,9 @@ def rule_of(loss_mode: str, parameters: Any) -> TrustRegion:
 def needs_top_k(rule: TrustRegion) -> bool:
     """Whether D_t of the rule is taken over mu's top K."""
     return rule.divergence is not None and rule.divergence.startswith("topk_")
+
+
+#: Extra fields of a server's answer: arrays or lists ``[tokens, K]``, mu's likeliest ids first, and their log mu.
+IDS, LOGP = "mu_topk_ids", "mu_topk_logprobs"
+#: Key of K in ``actor_rollout_ref.rollout.custom``, from which a server learns how many are wanted.
+SETTING = "cppo_top_k"

@@ -17,16 +17,15 @@ from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.rollout.replica import RolloutReplicaRegistry
 
 from cppo.engines.verl.checks import check_config, select
-from cppo.engines.verl.config import needs_top_k
+from cppo.engines.verl.config import SETTING, needs_top_k
 from cppo.engines.verl.loss import MARK, trust_region_loss
-from cppo.engines.verl.vllm_keys import SETTING
 from cppo.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 
 def _top_k_replica() -> Any:
-    from cppo.engines.verl.vllm_topk import TopKvLLMReplica
+    from cppo.engines.verl.sampler import TopKvLLMReplica
 
     return TopKvLLMReplica
 

@@ -1,0 +1,1 @@
+"""The program `cppo`; a file a command, `app` puts them together."""

@@ -1,0 +1,223 @@
+"""`cppo bound`: what the theorems promise for thresholds, and the certificate of a run, as tables or JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console, Group
+from rich.markup import escape
+from rich.table import Table
+
+from cppo import theory
+from cppo.cli.common import sentences
+from cppo.errors import UserError
+from cppo.theory import Constant, ScheduleCost, bounds, coefficients, is_monotone, make_schedule
+
+#: Rows of a run's table; longer runs are shown at evenly spaced steps.
+SHOWN = 16
+
+
+def conditions(horizon: int, delta: float, delta_b: float, w_min: float, schedule: str) -> list[tuple[str, bool]]:
+    """What the statements need of the settings, and whether it holds."""
+    w = make_schedule(schedule, horizon, w_min)
+    largest = min(delta / float(w.min()), 1.0)
+    product = coefficients(horizon, largest, form="product")
+    return [
+        ("Theorem 1: (T - t) / w_t is non-increasing", is_monotone(coefficients(horizon, 1.0), w)),
+        ("product form: (1 - (1 - L)^(T - t)) / w_t is non-increasing", is_monotone(product, w)),
+        (
+            "delta_b < delta min w: Cor. 7's constant is below the uniform rule's",
+            delta_b < delta * float(w.min()),
+        ),
+    ]
+
+
+def constants_as_json(
+    settings: dict[str, Any], rows: Sequence[Constant], found: Sequence[tuple[str, bool]], costs: Sequence[ScheduleCost]
+) -> dict[str, Any]:
+    """Settings, constants with their ratio to the uniform rule, conditions, schedules."""
+    reference = _uniform(settings)
+    return {
+        **settings,
+        "conditions": dict(found),
+        "constants": [vars(row) | {"ratio": _ratio(row.bound, reference)} for row in rows],
+        "schedules": [vars(cost) for cost in costs],
+    }
+
+
+def constants_table(
+    settings: dict[str, Any], rows: Sequence[Constant], found: Sequence[tuple[str, bool]], costs: Sequence[ScheduleCost]
+) -> Group:
+    """The same for people."""
+    reference = _uniform(settings)
+    table = Table(title=f"Bounds of |Delta| = |surrogate - gain|, T = {settings['horizon']}", title_justify="left")
+    table.add_column("rule", no_wrap=True)
+    table.add_column("statement", overflow="fold")
+    table.add_column("holds where, on every rollout", overflow="fold")
+    table.add_column("bound", justify="right", no_wrap=True)
+    table.add_column("/ uniform", justify="right", no_wrap=True)
+    for row in rows:
+        ratio = _ratio(row.bound, reference)
+        table.add_row(
+            row.rule,
+            escape(row.statement),
+            escape(row.condition if row.bound is not None else row.remark.partition(":")[0]),
+            _number(row.bound),
+            "-" if ratio is None else f"{ratio:.4g}",
+        )
+    checks = Table(title="Conditions", title_justify="left", show_header=False)
+    for text, holds in found:
+        checks.add_row(escape(text), "[green]holds[/]" if holds else "[red]does not hold[/]")
+    xi = settings["xi"]
+    note = (
+        f"In units of the reward, whose range is {2 * xi:g} (xi = {xi:g}): a gain cannot be larger than that, so a "
+        "larger bound guarantees nothing by itself. What the constants compare is how they grow. A bound holds for the "
+        "policies that satisfy its condition; a mask does not force them to (docs/theory.md)."
+    )
+    return Group(table, checks, *([_schedules(costs)] if costs else []), note)
+
+
+def _schedules(costs: Sequence[ScheduleCost]) -> Table:
+    table = Table(title="Schedules at these thresholds (largest weight 1)", title_justify="left")
+    for name in ("schedule", "Theorem 1", "tightest", "rule (8)", "product", "D_1 at most", "D_T at most", "room"):
+        table.add_column(name, justify="left" if name == "schedule" else "right")
+    for cost in costs:
+        figures = (cost.theorem, cost.tightest, cost.tightest_rule, cost.tightest_product)
+        limits = (f"{cost.first:.4g}", f"{cost.last:.4g}", f"{cost.room:.4f}")
+        table.add_row(cost.name, *map(_number, figures), *limits)
+    return table
+
+
+def _uniform(settings: dict[str, Any]) -> float:
+    return bounds.uniform(settings["horizon"], settings["delta"], xi=settings["xi"])
+
+
+def _ratio(bound: float | None, reference: float) -> float | None:
+    return None if bound is None or not reference else bound / reference
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def certificates_of(run: Path) -> list[dict[str, Any]]:
+    """The certificates of a run folder, oldest first.
+
+    Raises
+    ------
+    UserError : no run is there, or it has no certificates, and why that can be.
+    """
+    from cppo.runs.certificates import CERTIFICATES_FILE, read_certificates
+
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"--run {run}: there is no run ({run / 'config.yaml'} is missing).")
+    rows = read_certificates(run)
+    if not rows:
+        raise UserError(
+            f"the run {run} has no certificates ({CERTIFICATES_FILE}): no rollout batch has ended, no response had a "
+            "loss token, or it was made before certificates were written."
+        )
+    return rows
+
+
+def certificate_table(run: Path, rows: Sequence[dict[str, Any]]) -> Group:
+    """Gain of the surrogate and bounds of its error, by step."""
+    table = Table(title=escape(f"{run}: what the surrogate promises, and how far it can be off"), title_justify="left")
+    for name in (
+        "step",
+        "responses",
+        "T",
+        "gain L'",
+        "bound: ratios",
+        "L' - bound",
+        "pathwise",
+        "product form",
+        "Prop. 4",
+    ):
+        table.add_column(name, justify="right")
+    span = max(1, -(-len(rows) // SHOWN))
+    shown = [row for at, row in enumerate(rows) if at % span == 0 or at == len(rows) - 1]
+
+    def cell(row: dict[str, Any], name: str) -> str:
+        value, low, high = (row.get(f"{name}{end}") for end in ("", "_low", "_high"))
+        if value is None or low is None or high is None:
+            return "-"
+        return f"{value:.2g} [{low:.2g}, {high:.2g}]"
+
+    for row in shown:
+        cells = [cell(row, name) for name in ("surrogate", "ratios", "improvement", "pathwise", "product", "prop4")]
+        table.add_row(str(row["step"]), str(row["responses"]), str(row["horizon"]), *map(escape, cells))
+    last = rows[-1]
+    certain = sum(1 for row in rows if (row.get("improvement_low") or 0) > 0)
+    kind = last["divergence"]
+    lines = [
+        "At the last update of each rollout batch, over its responses; 95% intervals by bootstrap over prompts; in "
+        f"units of the reward (xi = {last['xi']:g}).",
+        f"In {certain} of {len(rows)} steps L' less the bound from ratios is above 0 with its interval: there the "
+        "policy was better than the one that sampled, as far as these responses go.",
+    ]
+    if kind is None:
+        lines.append("The rule measures no divergence; the bound from ratios needs none.")
+    elif not last["certified"]:
+        lines.append(
+            f"The last three are of D_t = {kind}, a lower bound of the exact divergence, and so no certificates "
+            "(divergence=exact_tv or topk_tv_upper gives those). The bound from ratios needs no divergence."
+        )
+    return Group(table, *lines)
+
+
+@sentences
+def bound(
+    horizon: Annotated[int | None, typer.Option("--horizon", help="T: tokens of the longest response.")] = None,
+    delta: Annotated[float, typer.Option("--delta", help="Token limit on the total variation.")] = 0.15,
+    delta_b: Annotated[float, typer.Option("--delta-b", help="Prefix budget a token.")] = 0.02,
+    w_min: Annotated[float, typer.Option("--w-min", help="The smallest weight.")] = 0.8,
+    schedule: Annotated[
+        str, typer.Option("--schedule", help="linear, constant, cosine, reversed or matched.")
+    ] = "linear",
+    xi: Annotated[float, typer.Option("--xi", help="Half of the reward's range.")] = 0.5,
+    rule: Annotated[
+        list[str] | None, typer.Option("--rule", help="Only this rule (can be given several times).")
+    ] = None,
+    schedules: Annotated[bool, typer.Option("--schedules", help="Compare the weight schedules, too.")] = False,
+    run: Annotated[
+        Path | None, typer.Option("--run", metavar="RUN", help="Instead: the empirical certificates of a run.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """How far the surrogate can be off: the constants of all rules, or the certificates of a run.
+
+    cppo bound --horizon 8192 --delta 0.15 --delta-b 0.02 --w-min 0.8
+
+    cppo bound --run runs/arithmetic-cppo-001
+    """
+
+    console = Console(highlight=False)
+    if run is not None:
+        rows = certificates_of(run)
+        if as_json:
+            typer.echo(json.dumps(rows, indent=2))
+        else:
+            console.print(certificate_table(run, rows))
+        return
+    if horizon is None:
+        raise UserError("give --horizon T, the tokens of the longest response (such as 8192), or --run RUN.")
+    from cppo.rules.base import rule_class
+
+    for name in rule or ():
+        rule_class(name)  # an unknown name is an error that lists the rules
+    settings = {"horizon": horizon, "delta": delta, "delta_b": delta_b, "w_min": w_min, "xi": xi, "schedule": schedule}
+    constants = theory.constants(horizon, delta, delta_b, w_min, xi=xi, schedule=schedule)
+    constants = [row for row in constants if not rule or row.rule in rule]
+    found = conditions(horizon, delta, delta_b, w_min, schedule)
+    costs = theory.compare_schedules(horizon, delta, delta_b, w_min=w_min, xi=xi) if schedules else []
+    if as_json:
+        typer.echo(json.dumps(constants_as_json(settings, constants, found, costs), indent=2))
+    else:
+        console.print(constants_table(settings, constants, found, costs))

@@ -1,0 +1,228 @@
+"""`cppo inspect`: what a dump of rollouts shows, as tables, JSON and figures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group
+from rich.markup import escape
+from rich.table import Table
+
+from cppo.errors import UserError
+from cppo.rules import RULES, TrustRegion, make_rule
+from cppo.rules.base import rule_class
+
+#: Rows of the table by position.
+SHOWN = 12
+REASONS = ("towards", "token_limit", "prefix_budget", "sequence_limit", "ratio_clip")
+
+
+def run(
+    dump: Path,
+    rules: Sequence[str] = (),
+    settings: Sequence[str] = (),
+    update: str = "last",
+    out: Path | None = None,
+    as_json: bool = False,
+    console: Console | None = None,
+) -> None:
+    """The command: read, inspect, draw, print.
+
+    rules : names, none for all. settings : "RULE.PARAMETER=VALUE". update : "last", "all" or a number from 0. out :
+    folder for figures and inspect.json. as_json : print JSON instead of tables.
+
+    Raises
+    ------
+    UserError : anything in the arguments or the dump that the user can put right.
+    """
+    from cppo.dumps.dump import read_dump
+    from cppo.dumps.inspect import inspect_dump
+
+    judges = chosen_rules(rules, settings)
+    if update not in ("last", "all") and not update.isdigit():
+        raise UserError(f"--update is {update!r}, expected last, all or a number (0: the first update).")
+    report = inspect_dump(read_dump(dump), judges, int(update) if update.isdigit() else update)
+    console = console or Console(highlight=False)
+    if as_json:
+        console.file.write(json.dumps(report, indent=2, allow_nan=False) + "\n")
+    else:
+        console.print(tables(report))
+    if out is not None:
+        from cppo.dumps.figures import write_figures
+        from cppo.files import atomic_write_json
+
+        paths = [*write_figures(report, out), atomic_write_json(out / "inspect.json", report)]
+        if not as_json:
+            console.print(f"Written to {out}: {', '.join(path.name for path in paths)}", soft_wrap=True)
+
+
+def chosen_rules(names: Sequence[str], settings: Sequence[str]) -> list[TrustRegion]:
+    """The rules by name (none: all of them) with the parameters set, such as "cppo.delta=0.1".
+
+    Raises
+    ------
+    ValueError : an unknown rule or parameter, a setting of a rule that is not shown, or not of that form.
+    """
+    parameters = parse_settings(list(names) or list(RULES), settings)
+    return [make_rule(name, **given) for name, given in parameters.items()]
+
+
+def parse_settings(names: Sequence[str], settings: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The parameters of each of the rules `names` that settings such as "cppo.delta=0.1" give.
+
+    Raises
+    ------
+    ValueError : a setting of a rule that is unknown or not among the names, or not of that form.
+    """
+    parameters: dict[str, dict[str, Any]] = {name: {} for name in names}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        rule, dot, parameter = key.partition(".")
+        if not (equals and dot and rule and parameter):
+            raise UserError(f"--set {setting!r}: expected RULE.PARAMETER=VALUE, such as cppo.delta=0.1.")
+        if rule not in parameters:
+            rule_class(rule)  # an unknown name is an error that lists the rules
+            raise UserError(f"--set {setting}: the rule {rule} is not shown; add --rule {rule}.")
+        parameters[rule][parameter] = _value(text)
+    return parameters
+
+
+def _value(text: str) -> Any:
+    """A number, true, false or null; else the text."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None if text.lower() == "none" else text
+
+
+# --------------------------------------------------------------------------------------------------------------- tables
+
+
+def tables(report: Mapping[str, Any]) -> Group:
+    """The report for people."""
+    parts = [_about(report), _positions(report)]
+    if report["rules"]:
+        parts.append(_rules(report))
+    if len(report["disagreement"]["rules"]) > 1:
+        parts.append(_disagreement(report["disagreement"]))
+    if report["budget"] is not None:
+        parts.append(_budget(report["budget"]))
+    if report["certificate"] is not None:
+        parts.append(_certificate(report["certificate"]))
+    return Group(*parts, *(f"[bold]Note:[/] {escape(note)}" for note in report["notes"]))
+
+
+def _about(report: Mapping[str, Any]) -> Table:
+    dump, mismatch, D = report["dump"], report["mismatch"], report["divergence"]
+    table = Table(title=escape(dump["path"]), title_justify="left", show_header=False)
+    seen = f"{dump['responses']:,}"
+    if dump["groups"] is not None:
+        seen += f" to {dump['groups']:,} prompts"
+    if dump["steps"] is not None:
+        first, last = dump["steps"]
+        seen += f", step {first}" if first == last else f", steps {first}-{last}"
+    if dump["update"] is not None:
+        seen += f", update {dump['update']}"
+    table.add_row("responses", seen)
+    left = [(dump["at_other_updates"], "at other updates"), (dump["without_loss_tokens"], "without a loss token")]
+    if any(count for count, _ in left):
+        table.add_row("left out", ", ".join(f"{count:,} {what}" for count, what in left if count))
+    lengths = f"{dump['loss_tokens']:,}; {dump['mean_length']:.4g} a response, {dump['longest']:,} at most"
+    table.add_row("loss tokens", lengths)
+    if dump["reward"] is not None:
+        table.add_row("mean reward", f"{dump['reward']:.4g}")
+    spread = ", ".join(f"{name} {D[name]:.4g}" for name in ("mean", "p50", "p90", "p99", "max"))
+    table.add_row("divergence D_t", f"{escape(D['name'])}: {spread}")
+    floor = f"|log ratio| {mismatch['abs_log_ratio']:.3g}, {escape(mismatch['name'])} {mismatch['divergence']:.3g}"
+    table.add_row("mismatch floor", f"{floor}: {mismatch['source']}")
+    return table
+
+
+def _positions(report: Mapping[str, Any]) -> Table:
+    D = report["divergence"]["by_position"]
+    budget = report["budget"] and report["budget"]["share_by_position"]
+    table = Table(title=f"By position: {escape(report['divergence']['name'])}", title_justify="left")
+    for name in ("position", "tokens", "mean D", "top 10%", *(("budget spent", "top 10%") if budget else ())):
+        table.add_column(name, justify="right")
+    span = -(-len(D["count"]) // SHOWN)
+    for start in range(0, len(D["count"]), span):
+        stop = min(start + span, len(D["count"]))
+        count = sum(D["count"][start:stop])
+        if not count:
+            continue
+
+        def mean(row: Mapping[str, Any], name: str, part: slice = slice(start, stop), n: int = count) -> float:
+            pairs = zip(row[name][part], row["count"][part], strict=True)
+            return float(sum((value or 0.0) * tokens for value, tokens in pairs) / n)
+
+        cells = [f"{mean(D, name):.4g}" for name in ("mean", "tail_mean")]
+        if budget:
+            cells += [f"{mean(budget, name):.1%}" for name in ("mean", "tail_mean")]
+        last = min(stop * D["width"], report["dump"]["longest"])
+        table.add_row(f"{start * D['width'] + 1}-{last}", f"{count:,}", *cells)
+    return table
+
+
+def _rules(report: Mapping[str, Any]) -> Table:
+    table = Table(title="What each rule would do (shares of the loss tokens)", title_justify="left")
+    table.add_column("rule", no_wrap=True)
+    table.add_column("D_t", overflow="fold")
+    for name in ("masked", *(reason.replace("_", " ") for reason in REASONS), "responses hit"):
+        table.add_column(name, justify="right")
+    for name, row in report["rules"].items():
+        shares = [row["masked"], *(row["reasons"][reason] for reason in REASONS), row["responses_with_masked"]]
+        table.add_row(name, escape(row["divergence"] or "-"), *(f"{share:.2%}" if share else "-" for share in shares))
+    table.caption = (
+        "masked: coefficient 0; cispo and minpro clamp the weight instead (ratio clip). "
+        "towards: over a limit, but kept, since it moves back to mu."
+    )
+    table.caption_justify = "left"
+    return table
+
+
+def _disagreement(found: Mapping[str, Any]) -> Table:
+    table = Table(title="Tokens that one rule keeps and the other drops", title_justify="left")
+    table.add_column("", no_wrap=True)
+    for name in found["rules"][:-1]:
+        table.add_column(name, justify="right")
+    for at, (name, shares) in enumerate(zip(found["rules"], found["share"], strict=True)):
+        if at:
+            table.add_row(name, *(f"{share:.1%}" if share else "-" for share in shares[:at]))
+    return table
+
+
+def _budget(found: Mapping[str, Any]) -> Table:
+    table = Table(title="CPPO's prefix budget", title_justify="left", show_header=False)
+    for name, label in (("delta_b", "delta_b in use"), ("budget_used", "spent at the end of a response")):
+        spread = ", ".join(f"{key} {found[name][key]:.4g}" for key in ("mean", "p50", "p90", "max"))
+        table.add_row(label, spread)
+    table.add_row(
+        "delta_b at its minimum, maximum", f"{found['at_minimum']:.1%}, {found['at_maximum']:.1%} of responses"
+    )
+    table.add_row("overdrawn", f"{found['overdrawn']:.1%} of responses")
+    return table
+
+
+def _certificate(row: Mapping[str, Any]) -> Table:
+    unit = "the reward" if row["unit"] == "reward" else "the advantage: there are no rewards"
+    table = Table(title=f"Certificate: {escape(row['of'])} (units of {unit}; 95% intervals)", title_justify="left")
+    table.add_column("")
+    table.add_column("value", justify="right")
+    table.add_column("interval", justify="right")
+    bounded = f"{row['divergence']}" + ("" if row["certified"] else ", a lower bound: no certificate")
+    for name, label in (
+        ("surrogate", "gain L' that the surrogate promises"),
+        ("ratios", "bound of its error, from ratios"),
+        ("improvement", "L' - bound (above 0: pi is better than mu)"),
+        ("pathwise", f"bound of its error, pathwise ({bounded})"),
+        ("product", f"bound, product form of Prop. 4 ({bounded})"),
+        ("prop4", f"bound of Prop. 4 ({bounded})"),
+    ):
+        if row.get(name) is not None:
+            table.add_row(
+                escape(label), f"{row[name]:.3g}", escape(f"[{row[f'{name}_low']:.3g}, {row[f'{name}_high']:.3g}]")
+            )
+    return table

@@ -1,0 +1,155 @@
+"""`cppo train` and `cppo evaluate`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from cppo.cli.common import sentences, split_arguments
+from cppo.errors import UserError
+
+
+@sentences
+def train(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[RECIPE] [KEY=VALUE]...",
+            help="A shipped recipe or a YAML file (default: arithmetic), then settings.",
+        ),
+    ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option("--resume", metavar="RUN", help="Go on with the run in this folder, with its settings."),
+    ] = None,
+) -> None:
+    """Train a policy under a trust region.
+
+    cppo train
+
+    cppo train rule=dppo rule.delta=0.05 steps=4
+
+    cppo train qwen3-1.7b-base output_dir=runs/base
+
+    cppo train --resume runs/arithmetic-cppo-001
+    """
+    from cppo.config.load import load_config
+
+    recipe, overrides = split_arguments(arguments or [])
+    if resume is not None:
+        if arguments:
+            raise UserError(
+                f"--resume {resume} goes on with the settings of that run and takes no others (got "
+                f"{' '.join(arguments)}). "
+                f"To train with other settings start a new run: cppo train {resume / 'config.yaml'} output_dir=null ..."
+            )
+        saved = resume / "config.yaml"
+        if not saved.is_file():
+            raise UserError(f"--resume {resume}: there is no run ({saved} is missing).{_runs_nearby(resume)}")
+        config = load_config(saved)
+    else:
+        config = load_config(recipe, overrides)
+    from cppo.training.run import train as run_training
+
+    run_training(config, resume=resume)
+
+
+def _runs_nearby(folder: Path) -> str:
+    """The newest run beside a folder that is none, as a hint."""
+    candidates = [folder, folder.parent, Path("runs")]
+    found = [path.parent for parent in candidates if parent.is_dir() for path in parent.glob("*/config.yaml")]
+    newest = max(found, key=lambda path: (path / "config.yaml").stat().st_mtime, default=None)
+    return f" The newest run there is {newest}." if newest else ""
+
+
+@sentences
+def evaluate(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A run, a model folder (such as RUN/best/step-000030) or a hub id.")
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings, such as evaluation.samples=32.")
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            "--recipe", help="Task and settings (default: those of the run that the model lies in, else arithmetic)."
+        ),
+    ] = None,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", metavar="PATH", help="Also write the figures there.")
+    ] = None,
+) -> None:
+    """Avg@k and pass@k of a model on a task's held-out problems.
+
+    cppo evaluate runs/arithmetic-cppo-001
+
+    cppo evaluate Qwen/Qwen3-1.7B --recipe qwen3-1.7b evaluation.samples=4
+    """
+    from cppo.config.load import load_config
+
+    words, settings = split_arguments(overrides or [])
+    if words is not None:
+        raise UserError(f"{words!r} is no setting: expected key=value. A recipe is given as --recipe {words}.")
+    if "=" in model:
+        raise UserError(f"{model!r} is a setting, expected a model first: cppo evaluate MODEL {model}.")
+    folder, saved = locate(model)
+    config = load_config(recipe if recipe is not None else saved, settings)
+    from cppo.show.progress import RunProgress
+    from cppo.training.evaluate import evaluate_model
+
+    with RunProgress(Console(stderr=True)) as progress:
+        row = evaluate_model(folder, config, progress)
+    Console(highlight=False).print(evaluation_table(folder, row))
+    if json_path is not None:
+        from cppo.files import atomic_write_text
+
+        atomic_write_text(json_path, json.dumps({"model": folder, **row}, indent=2) + "\n")
+
+
+def locate(model: str) -> tuple[str, Path | None]:
+    """(what to load, config.yaml of the run it belongs to or None).
+
+    For a run: its best policy, else its newest checkpoint.
+
+    Raises
+    ------
+    UserError : a path that does not exist, or a run that has no policy yet.
+    """
+    path = Path(model)
+    if not path.exists():
+        if path.is_absolute() or model.startswith((".", "~", "runs/")) or model.count("/") > 1:
+            raise UserError(f"there is no folder {model}.{_runs_nearby(path)}")
+        return model, None  # a hub id
+    if (path / "config.yaml").is_file() and not (path / "config.json").exists():
+        policies = sorted(path.glob("best/step-*")) or sorted(path.glob("checkpoints/step-*"))
+        if not policies:
+            raise UserError(
+                f"the run {model} has no policy yet: neither {path / 'best'} nor {path / 'checkpoints'} holds one."
+            )
+        return str(policies[-1]), path / "config.yaml"
+    saved = [parent / "config.yaml" for parent in list(path.resolve().parents)[:2]]
+    return model, next((file for file in saved if file.is_file()), None)
+
+
+def evaluation_table(model: str, row: Mapping[str, Any]) -> Table:
+    """The figures of an evaluation (``avg/<benchmark>``, ``pass/<benchmark>``, ``samples``) as a table."""
+    k = row.get("samples", "k")
+    table = Table(title=escape(model), title_style="")
+    table.add_column("benchmark")
+    table.add_column(f"Avg@{k}", justify="right")
+    table.add_column(f"pass@{k}", justify="right")
+    names = [key.removeprefix("avg/") for key in row if key.startswith("avg/")]
+    for name in sorted(names, key=lambda name: name == "mean"):
+        if name == "mean" and len(names) == 2:
+            continue  # of one benchmark
+        figures = [f"{row[f'{measure}/{name}']:.3f}" for measure in ("avg", "pass")]
+        table.add_row(escape(name), *figures, style="bold" if name == "mean" else None)
+    return table

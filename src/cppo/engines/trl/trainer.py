@@ -1,0 +1,302 @@
+"""Trust regions in TRL's GRPO trainer: change two lines of a TRL script (docs/trl.md).
+
+* `trust_region_config`: a `GRPOConfig` in which the rule alone decides. `TrustRegionTrainer`: a `GRPOTrainer` with a
+  rule.
+* The seam is TRL's public `get_off_policy_mask`: called once a loss, its result m multiplies the per-token loss -rho A.
+  We return m = c / rho with TRL's own rho, so that the loss is -c A in value and -c A grad log pi in gradient, whatever
+  the rule.
+* Four more methods are wrapped: they call TRL's own and add tensors (what a divergence needs of mu, the zero-spread
+  filter, hidden states, rewards).
+* Every setting that would silently disable or alter the rule is refused (`settings`); a TRL that moved is an error.
+
+Left out: AsyncGRPO (it has a loss of its own), context parallelism (TRL's GRPO has none). In
+evaluation the policy is the one that samples: no rule is applied and TRL's own loss is reported.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import trl
+from torch import Tensor
+from trl import GRPOConfig, GRPOTrainer
+
+from cppo.divergence import Variant
+from cppo.engines.trl.batch import ROW_SCALE, attach_rewards, drop_zero_spread
+from cppo.engines.trl.divergence import HeadDivergence
+from cppo.engines.trl.head import causal_lm, logit_changes
+from cppo.engines.trl.settings import TopK, generation_problems, needs_head, problems, trust_region_config
+from cppo.objective import metrics
+from cppo.rules import CPPO, TrustRegion, Verdict
+from cppo.tokens import TokenBatch
+
+__all__ = ["TrustRegionTrainer", "trust_region_config"]
+
+#: TRL versions that this adapter was written for and is tested with.
+WRITTEN_FOR = "1.16"
+
+#: TRL gets old log-probabilities of at least this, so that its own ratio stays below e^20: exp cannot overflow (inf
+#: times a zero mask is NaN, in the gradient even behind a clamp) and `epsilon`, `delta` never cut. Exact all the same:
+#: m = c / rho follows.
+OLD_LOGP_MIN = -20.0
+
+ALL_EQUAL = (
+    "all responses to each prompt of a rollout batch have the same reward: nothing can be learnt from it, its loss is "
+    "0 and training goes on. If this stays so, the task is too hard or too easy, or the reward function is constant."
+)
+
+#: observer(batch, verdict, TRL's minibatch, update inside the rollout batch, 0-based)
+Observer = Callable[[TokenBatch, Verdict, dict[str, Any], int], None]
+
+
+@dataclass
+class _LossPass:
+    """What the hook needs to know about the loss in progress."""
+
+    inputs: dict[str, Any]
+    old_logp: Tensor | None  # as TRL gets them
+    calls: int = 0
+
+
+class TrustRegionTrainer(GRPOTrainer):
+    """`GRPOTrainer` under a trust region.
+
+    Parameters
+    ----------
+    model, reward_funcs, and all other keyword arguments : as in `GRPOTrainer`; `args` from `trust_region_config`.
+    rule : any of `cppo.RULES`; default `cppo.CPPO()`.
+    top_k, topk_variant : for rules with a top-K or adaptive divergence: K, and the classes
+        (`cppo.divergence.topk_tv`).
+    topk_anchor : "rollout": mu is the policy that sampled. "recomputed": with vLLM, which reports the sampled tokens
+        alone, take the trainer's distributions of the same weights; ratios stay against vLLM.
+    topk_store : how mu's top-K is kept until the last update: "float32", 8 K bytes a token; "compact", 5 K, TV off by
+        at most 0.0015 (K = 20); "ragged", 1 + 5 for each entry that is needed to cover 99.9% of mu, TV off by up to
+        0.001 more (`cppo.scoring.store`). `adaptive_tv` allows for that and decides as the exact TV all the same.
+    zero_spread_filter : take groups with equal rewards out of the loss and out of its denominators.
+    observer : called once a loss in training, without gradient: observer(batch, verdict, inputs, update).
+
+    Raises
+    ------
+    ValueError : settings that would disable or alter the rule, all in one message. RuntimeError : TRL has moved.
+    """
+
+    beta: float  # TRL's
+
+    def __init__(
+        self,
+        model: Any,
+        reward_funcs: Any = None,
+        args: GRPOConfig | None = None,
+        *,
+        rule: TrustRegion | None = None,
+        top_k: int = 20,
+        topk_variant: Variant = "append",
+        topk_anchor: str = "rollout",
+        topk_store: str = "float32",
+        zero_spread_filter: bool = True,
+        observer: Observer | None = None,
+        **kwargs: Any,
+    ) -> None:
+        rule = CPPO() if rule is None else rule
+        if not isinstance(rule, TrustRegion):
+            raise ValueError(f"rule is {rule!r}, expected a rule such as cppo.CPPO(), or cppo.make_rule('cppo').")
+        if args is None:
+            raise ValueError("args is None, and TRL's defaults clip the ratio. Set args=trust_region_config(...).")
+        _check_seam()
+        options = TopK(top_k, topk_variant, topk_anchor, topk_store)
+        _refuse(problems(args, rule, options))
+        super().__init__(model, reward_funcs, args, **kwargs)
+        if clash := [name for name in {*vars(self), *dir(GRPOTrainer)} if name.startswith("_trust_")]:
+            raise _moved(f"it has attributes {clash} of its own")
+        policy = self._trust_policy()
+        _refuse(generation_problems(policy.generation_config, args))
+        self._trust_rule, self._trust_observer, self._trust_filtered = rule, observer, zero_spread_filter
+        self._trust_divergence: HeadDivergence | None = None
+        if needs_head(rule.divergence):
+            logit_changes(policy)  # raises where they cannot be followed
+            fp32 = args.cast_lm_head_to_fp32
+            self._trust_divergence = HeadDivergence(str(rule.divergence), options, self.temperature, fp32)
+        self._trust_loss: _LossPass | None = None
+        self._trust_checked = self._trust_warned = False
+        self._trust_generated_at = 0
+        self._trust_rewards: Tensor | None = None
+
+    def set_rule(self, rule: TrustRegion) -> None:
+        """Go on with other parameters of the rule, from the next loss on; call it on every process.
+
+        Raises
+        ------
+        ValueError : the rule needs another divergence, for which nothing has been prepared.
+        """
+        if rule.divergence != self._trust_rule.divergence:
+            raise ValueError(
+                f"the rule needs {rule.divergence!r}, and the trainer measures {self._trust_rule.divergence!r}."
+            )
+        self._trust_rule = rule
+
+    # -- the seam -----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def get_off_policy_mask(
+        self,
+        advantages: Tensor,
+        per_token_logps: Tensor,
+        sampling_per_token_logps: Tensor,
+        mask: Tensor,
+        off_policy_threshold: float,
+    ) -> Tensor:
+        """m ``[B, T]`` float32, by which TRL multiplies its per-token loss: c_t / rho_t; 0 where rho_t underflows."""
+        loss = self._trust_loss
+        if loss is None:
+            raise _moved("get_off_policy_mask was called outside of _compute_loss")
+        loss.calls += 1
+        if not self.model.training:
+            return torch.ones_like(per_token_logps)
+        logp = per_token_logps.detach().float()
+        batch = TokenBatch(logp, sampling_per_token_logps.float(), advantages.float(), mask)
+        if self._trust_divergence is not None:
+            found, resolved = self._trust_divergence.score(self._trust_rule, batch, self._trust_policy(), loss.inputs)
+            batch = batch.with_divergence(found)
+            if resolved is not None:
+                self._trust_log_share("trust/resolved_fraction", resolved.sum(), batch.loss_mask.sum())
+        if not self._trust_checked:
+            batch.check()
+            self._trust_checked = True
+        verdict = self._trust_rule(batch)
+        accumulation = self.args.gradient_accumulation_steps
+        update = self._step // accumulation - self._trust_generated_at // accumulation
+        for name, value in metrics(batch, verdict, first_update=update == 0, reduce=self._trust_reduce).items():
+            self._metrics["train"][name].append(value)
+        if self._trust_observer is not None:
+            self._trust_observer(batch, verdict, loss.inputs, update)
+        ratio = torch.ones_like(logp)
+        if loss.old_logp is not None:
+            ratio = (logp - loss.old_logp).exp().clamp(max=self.args.delta)
+        if self.use_vllm and self.vllm_importance_sampling_correction:
+            ratio = ratio * loss.inputs["importance_sampling_ratio"]
+        found = ratio > 1e-30
+        m = torch.where(found, verdict.coefficient / torch.where(found, ratio, 1.0), 0.0)
+        scale = loss.inputs.get(ROW_SCALE)
+        return m if scale is None else m * scale[:, None]
+
+    def _trust_policy(self) -> Any:
+        """The transformers model that is trained, out of DDP, FSDP and PEFT."""
+        return causal_lm(self.accelerator.unwrap_model(self.model))
+
+    def _trust_reduce(self, sums: Tensor, maxima: Tensor) -> tuple[Tensor, Tensor]:
+        if self.accelerator.num_processes == 1:
+            return sums, maxima
+        rows = self.accelerator.gather(torch.cat([sums, maxima])[None])
+        return rows[:, : len(sums)].sum(0), rows[:, len(sums) :].amax(0)
+
+    def _trust_log_share(self, name: str, part: Tensor | int, whole: Tensor | int) -> None:
+        """Log part / whole, both summed over processes."""
+        counts = torch.stack([torch.as_tensor(x, device=self.accelerator.device).double() for x in (part, whole)])
+        total = self.accelerator.reduce(counts, reduction="sum").tolist()
+        self._metrics["train"][name].append(total[0] / max(total[1], 1))
+
+    # -- wrappers: TRL's own, plus something --------------------------------------------------------------------
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        given, old = dict(inputs), inputs.get("old_per_token_logps")
+        if old is not None and self.model.training:
+            mu = inputs.get("sampling_per_token_logps", old)
+            given["sampling_per_token_logps"] = torch.where(mu.isnan(), old, mu)  # vLLM: NaN = token without a score
+            given["old_per_token_logps"] = old = old.clamp(min=OLD_LOGP_MIN)
+        loss = self._trust_loss = _LossPass(inputs, old)
+        beta = self.beta
+        if beta and ROW_SCALE in inputs:  # the KL term has the same denominator, but the hook does not reach it
+            self.beta = beta * inputs[ROW_SCALE].max().item()
+        try:
+            result = super()._compute_loss(model, given)
+        finally:
+            self._trust_loss, self.beta = None, beta
+        if loss.calls != 1:
+            raise _moved(f"get_off_policy_mask was called {loss.calls} times in one loss instead of once")
+        return result
+
+    def _get_per_token_logps_and_entropies(
+        self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *args: Any, **kwargs: Any
+    ) -> Any:
+        def forward() -> Any:
+            method = super(TrustRegionTrainer, self)._get_per_token_logps_and_entropies
+            return method(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
+
+        in_loss = self._trust_loss is not None
+        if self._trust_divergence is None or not self.model.training or not (in_loss or model is self.model):
+            return forward()
+        tokens, mask = input_ids[:, -logits_to_keep:], attention_mask[:, -logits_to_keep:]
+        return self._trust_divergence.listen(forward, self._trust_policy(), tokens, mask, in_loss)
+
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
+        self._trust_rewards = super()._calculate_rewards(*args, **kwargs)
+        return self._trust_rewards
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        if not self.model.training:
+            return super()._generate_and_score_completions(inputs)
+        self._trust_generated_at = self._step
+        per_batch = self.args.steps_per_generation * self.num_iterations
+        if self._step == 0 and self.state.global_step * self.args.gradient_accumulation_steps % per_batch:
+            warnings.warn(
+                f"training resumes at update {self.state.global_step}, in the middle of a rollout batch: the rest of "
+                "that batch is lost and the run differs from the uninterrupted one. Save on rollout boundaries.",
+                stacklevel=2,
+            )
+        if self._trust_divergence is not None:
+            self._trust_divergence.collecting = True
+        output = super()._generate_and_score_completions(inputs)
+        if self._trust_divergence is not None:
+            stored = self._trust_divergence.attach(output)
+            self._trust_log_share("trust/divergence_bytes_per_token", stored, output["completion_ids"].numel())
+        if self.rollout_func is not None and "sampling_per_token_logps" not in output:
+            raise ValueError(
+                "rollout_func returned no log-probabilities (logprobs=None), so the rollout policy is not known. "
+                "Return those of the sampled tokens, from the engine that sampled them."
+            )
+        if "sampling_per_token_logps" in output:
+            loss_tokens = (output["completion_mask"] * output.get("tool_mask", 1)) != 0
+            missing = output["sampling_per_token_logps"].isnan() & loss_tokens
+            self._trust_log_share("trust/unscored_fraction", missing.sum(), loss_tokens.sum())
+        rank, gather = self.accelerator.process_index, self.accelerator.gather
+        rewards, self._trust_rewards = self._trust_rewards, None
+        if rewards is None:
+            raise _moved("_calculate_rewards was not called for a rollout batch")
+        attach_rewards(output, rewards, self.reward_weights.to(rewards.device), self.num_generations, rank)
+        if self._trust_filtered:
+            share = drop_zero_spread(output, self.num_generations, self.loss_type, rank, gather)
+            self._metrics["train"]["trust/zero_spread_fraction"].append(share)
+            if share == 1 and not self._trust_warned:
+                self._trust_warned = True
+                warnings.warn(ALL_EQUAL, stacklevel=2)
+        return output
+
+
+def _refuse(found: list[str]) -> None:
+    if found:
+        head = "these settings" if len(found) > 1 else "this setting"
+        body = "\n".join(f"  - {sentence}" for sentence in found)
+        raise ValueError(
+            f"{head} would silently disable or alter the trust region (trust_region_config(...) has the right "
+            f"ones):\n{body}"
+        )
+
+
+def _moved(what: str) -> RuntimeError:
+    return RuntimeError(
+        f"TRL {trl.__version__} does not work the way this adapter expects (written for TRL {WRITTEN_FOR}.x): {what}. "
+        f"Install 'trl=={WRITTEN_FOR}.*', or a CPPO that knows this TRL."
+    )
+
+
+def _check_seam() -> None:
+    """The hook must exist with the parameters that we override it with."""
+    hook = getattr(GRPOTrainer, "get_off_policy_mask", None)
+    wanted = list(inspect.signature(TrustRegionTrainer.get_off_policy_mask).parameters)[1:]
+    if hook is None or list(inspect.signature(hook).parameters) != wanted:
+        raise _moved(f"GRPOTrainer.get_off_policy_mask is gone or has other parameters than {', '.join(wanted)}")

@@ -1,0 +1,1 @@
+"""Ablations: suites of matched runs that take CPPO apart (docs/ablate.md)."""
