@@ -165,7 +165,7 @@ def topk(x: Inputs, adaptive: bool) -> Call:
                 rule, batch, lower, upper, lambda at: exact_divergence(policy.at(at), rollout.at(at))
             )
             divergence = found.divergence
-            x.notes["resolved"] = found.resolved_fraction(mask)
+            x.notes["resolved"] = found.resolved.float().mean().item()
         return rule(batch.with_divergence(divergence)).coefficient.flatten()
 
     return call

@@ -1,12 +1,15 @@
-"""Start a test's worker module as a group of gloo processes."""
+"""Checks over a group of gloo processes: `run_checks` starts one (`python -m gloo MODULE ...` on each rank)."""
 
 from __future__ import annotations
 
+import importlib
 import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
+
+import torch.distributed as dist
 
 FOLDER = Path(__file__).parent
 
@@ -17,10 +20,10 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def run_workers(module: str, processes: int) -> None:
-    """Run ``module`` (such as "core.shard_worker") once a rank.
+def run_checks(modules: tuple[str, ...], processes: int) -> None:
+    """`check(rank, size)` of each module (such as "core.shard_checks") on every rank of one group.
 
-    Each must exit with 0 and print the same line "all equal ...".
+    A check fails by raising; what it returns must be the same on every rank.
     """
     port = free_port()
     workers = []
@@ -34,7 +37,7 @@ def run_workers(module: str, processes: int) -> None:
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": os.pathsep.join([str(FOLDER), *sys.path]),
         }
-        command = [sys.executable, "-m", module]
+        command = [sys.executable, "-m", "gloo", *modules]
         workers.append(
             subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         )
@@ -45,5 +48,16 @@ def run_workers(module: str, processes: int) -> None:
             worker.kill()
     failed = [f"rank {r}:\n{outputs[r]}" for r, worker in enumerate(workers) if worker.returncode != 0]
     assert not failed, "\n".join(failed)  # all of them: where one fails, the others lose their connection
-    digests = {next(line for line in output.splitlines() if line.startswith("all equal")) for output in outputs}
-    assert len(digests) == 1, f"ranks differ in the last bits: {digests}"
+    assert len(set(outputs)) == 1, f"ranks differ in the last bits: {outputs}"
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    for name in sys.argv[1:]:
+        print(name, importlib.import_module(name).check(dist.get_rank(), dist.get_world_size()), flush=True)
+    dist.barrier()
+    os._exit(0)  # taken down in order, gloo's threads now and then abort the interpreter on their peers' goodbye
+
+
+if __name__ == "__main__":
+    main()

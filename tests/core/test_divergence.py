@@ -170,6 +170,17 @@ def test_the_interval_is_both_ends(seed: int, sharpness: float) -> None:
     )
     exact = cd.exact_tv(p, m)
     assert (lower <= exact + 1e-12).all() and (exact <= upper + 1e-12).all()
+    narrower = torch.zeros_like(exact), torch.ones_like(exact)  # with more classes, until it is one number
+    for k in range(1, m.shape[1] + 1):
+        at = m.argsort(-1, descending=True)[:, :k]
+        own = (at == ids).any(-1)
+        ends = cd.topk_interval(
+            p.gather(-1, at), m.gather(-1, at), p.gather(-1, ids)[:, 0], m.gather(-1, ids)[:, 0], own
+        )
+        assert (narrower[0] <= ends[0] + 1e-12).all() and (ends[1] <= narrower[1] + 1e-12).all()
+        narrower = ends
+    for end in narrower:
+        torch.testing.assert_close(end, exact, rtol=1e-9, atol=1e-11)
     for kind, got in (("topk_tv", lower), ("topk_tv_upper", upper)):
         want = [
             reference.divergence(kind, np.exp(a), np.exp(b), int(y), 4) for a, b, y in zip(mu, pi, sampled, strict=True)

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from cppo.layout import Layout
 from cppo.tokens import layout
-from gloo import run_workers
 
 
 def boundaries(lengths: Sequence[int]) -> Tensor:
@@ -108,9 +107,3 @@ def test_precision_of_long_prefix_sums() -> None:
     assert packed[len(ahead)].item() == 0
     total = layout(boundaries([len(ahead), n])).total(torch.cat([ahead, x]))
     assert total[-1].item() == pytest.approx(16.384, abs=1e-5)
-
-
-@pytest.mark.parametrize("processes", [2, 3])
-def test_context_parallel_shards_equal_the_whole(processes: int) -> None:
-    """gloo processes hold slices of the rows; each compares its slice with the unsharded result (shard_worker.py)."""
-    run_workers("core.shard_worker", processes)

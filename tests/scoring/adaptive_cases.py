@@ -92,3 +92,8 @@ def scored(
 
     truth = spread(cppo.divergence.exact_tv(policy, rollout))
     return Scored(TokenBatch(spread(pi), spread(mu), advantages, mask), spread(ends[0]), spread(ends[1]), truth)
+
+
+def share(tokens: Tensor, mask: Tensor) -> float:
+    """Share of the tokens in `mask` that are among `tokens`; 0 without any."""
+    return float((tokens & mask).sum() / mask.sum().clamp(min=1))

@@ -16,11 +16,10 @@ from cppo import TokenBatch, Verdict
 from cppo.divergence import topk_interval
 from cppo.rules.base import TrustRegion
 from cppo.scoring import adaptive
-from cppo.scoring.adaptive import PASSES, TOLERANCE, AdaptiveDivergence, adaptive_divergence, adaptive_for_rule
+from cppo.scoring.adaptive import PASSES, TOLERANCE, AdaptiveDivergence, adaptive_for_rule
 from cppo.scoring.exact import Distributions, exact_divergence
-from gloo import run_workers
 
-from .adaptive_cases import Exact, Scored, scored
+from .adaptive_cases import Exact, Scored, scored, share
 
 TV = {"divergence": "adaptive_tv"}
 #: Limits that bind: the lower and the upper end of the interval, taken for the TV, would both give other masks.
@@ -122,7 +121,7 @@ def test_the_more_peaked_the_fewer_are_resolved(peaked: float, most: float) -> N
     case = scored(3, count=100, peaked=peaked)
     for rule in (RULES["cppo adaptive"], RULES["cppo fixed"], RULES["trm_avg"], RULES["dppo"]):
         found, _ = run(rule, case)
-        assert found.resolved_fraction(case.mask) < most
+        assert share(found.resolved, case.mask) < most
 
 
 class WithoutPivots(cppo.CPPO):
@@ -163,7 +162,7 @@ def test_limits_far_from_every_interval_need_no_exact_evaluation(packed: bool) -
     for rule in (*lax, tiny):
         found, exact = run(rule, case)
         assert found.passes == 0 and not exact.calls and not found.resolved.any()
-        assert found.resolved_fraction(case.mask) == 0
+        assert share(found.resolved, case.mask) == 0
         mask = case.mask
         assert torch.equal(found.divergence[mask], case.lower[mask])
 
@@ -188,56 +187,10 @@ def test_soft_gate() -> None:
         got = SOFT(case.batch.with_divergence(found.divergence)).coefficient
         torch.testing.assert_close(got.double(), exactly, rtol=1e-4, atol=0)
         reduced = exactly < cppo.NoTrustRegion()(case.double()).coefficient * (1 - 1e-3)
-        assert reduced.sum() > 100 and found.resolved_fraction(case.mask) < 0.8
+        assert reduced.sum() > 100 and share(found.resolved, case.mask) < 0.8
         assert found.passes <= 3  # all that a soft token needs at once: estimates would not help
         by_lower = SOFT(case.batch.with_divergence(case.lower)).coefficient
         assert not torch.allclose(by_lower.double(), exactly, rtol=1e-2)
-
-
-# --------------------------------------------------------------------------------------------------------- known limits
-
-
-@pytest.mark.parametrize("limit", [0.02, 0.15, 0.6, "per token"])
-def test_known_limit(limit: Any) -> None:
-    case = scored(9, count=200)
-    mask, c = case.mask, limit
-    if limit == "per token":
-        c = torch.rand(mask.shape, generator=torch.Generator().manual_seed(0)) * 0.3
-    exact = Exact(case)
-    found = adaptive_divergence(case.lower, case.upper, exact, limit=c, mask=mask)
-    apart = mask & ((case.truth - c).abs() > 2e-6)
-    assert torch.equal((found.divergence <= c)[apart], (case.truth <= c)[apart])
-    straddles = (case.lower <= c) & (case.upper > c) & mask
-    assert found.passes == 1 and len(exact.calls) == 1
-    assert (straddles & ~found.resolved).sum() == 0 and (found.resolved & ~straddles).sum() < 5  # by the slack
-    error = (found.divergence - case.truth)[found.resolved]
-    assert error.abs().max() < 1e-6
-    assert torch.equal(found.divergence[mask & ~found.resolved], case.lower[mask & ~found.resolved])
-    wrong = ((case.lower <= c) != (case.truth <= c))[apart].sum() + ((case.upper <= c) != (case.truth <= c))[
-        apart
-    ].sum()
-    assert wrong > 0
-
-
-def test_known_limit_without_open_tokens() -> None:
-    lower, upper = torch.tensor([[0.1, 0.5], [0.0, 0.3]]), torch.tensor([[0.2, 0.6], [0.25, 0.3]])
-
-    def never(index: Tensor) -> Tensor:
-        raise AssertionError("nothing is open")
-
-    found = adaptive_divergence(lower, upper, never, limit=0.28)
-    assert torch.equal(found.divergence, lower) and found.passes == 0
-    asked = []
-
-    def exact(index: Tensor) -> Tensor:
-        asked.extend(index.tolist())
-        return torch.tensor([0.12, 0.18])
-
-    found = adaptive_divergence(lower, upper, exact, limit=0.15)
-    assert asked == [0, 2] and found.passes == 1
-    assert found.resolved.tolist() == [[True, False], [True, False]]
-    torch.testing.assert_close(found.divergence, torch.tensor([[0.12, 0.5], [0.18, 0.3]]))
-    assert found.resolved_fraction(torch.tensor([[True, True], [False, False]])) == 0.5
 
 
 # ----------------------------------------------------------------------------------------------- what exact may return
@@ -275,8 +228,6 @@ def test_wrong_exact_values_are_refused(value: Any, words: str) -> None:
     batch, lower, upper = case_of([0.1, 0.1, 0.1], [0.3, 0.3, 0.1])
     with pytest.raises(ValueError, match=words):
         adaptive_for_rule(RULES["dppo"], batch, lower, upper, lambda index: value)
-    with pytest.raises(ValueError, match=words):
-        adaptive_divergence(lower, upper, lambda index: value, limit=0.15)
 
 
 def test_rows_shifted_by_one_are_noticed() -> None:
@@ -313,7 +264,7 @@ def test_intervals_that_are_none_are_refused() -> None:
     with pytest.raises(ValueError, match=r"lower has shape \[1, 1\], but the tokens \[1, 2\]"):
         adaptive_for_rule(RULES["dppo"], batch, lower[:, :1], upper[:, :1], exact)
     with pytest.raises(ValueError, match=r"upper \[1, 1\]"):
-        adaptive_divergence(lower, upper[:, :1], exact, limit=0.1)
+        adaptive_for_rule(RULES["dppo"], batch, lower, upper[:, :1], exact)
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0), (2, 4)])
@@ -324,7 +275,7 @@ def test_nothing_to_decide(shape: tuple[int, int]) -> None:
     for rule in RULES.values():
         found = adaptive_for_rule(rule, batch, empty, empty + 1, Exact(scored(12, count=5)))
         assert found.passes == 0 and found.divergence.shape == shape
-        assert found.resolved_fraction(batch.loss_mask) == 0
+        assert share(found.resolved, batch.loss_mask) == 0
 
 
 def test_no_top_k_at_all() -> None:
@@ -403,7 +354,7 @@ def test_a_rule_without_thresholds_resolves_the_open_responses() -> None:
     found, exact = run(rule, case)
     want, clear = clear_of_ties(rule, case)
     assert torch.equal(dropped(rule, case.batch, found.divergence)[clear], want[clear])
-    assert len(exact.calls) == 1 and 0 < found.resolved_fraction(case.mask) < 0.9
+    assert len(exact.calls) == 1 and 0 < share(found.resolved, case.mask) < 0.9
     whole = torch.where(case.mask, found.resolved | (case.lower == case.upper), True).all(1)
     untouched = ~found.resolved.any(1)
     assert (whole | untouched).all()
@@ -444,9 +395,4 @@ def test_from_hidden_states() -> None:
     want, clear = clear_of_ties(rule, case)
     got = dropped(rule, batch, found.divergence)
     assert torch.equal(got[clear], want[clear]) and want.any() and clear.float().mean() > 0.9
-    assert 0 < found.resolved_fraction(batch.loss_mask) < 1
-
-
-@pytest.mark.parametrize("processes", [2, 3])
-def test_context_parallel_shards(processes: int) -> None:
-    run_workers("scoring.adaptive_worker", processes)
+    assert 0 < share(found.resolved, batch.loss_mask) < 1

@@ -1,4 +1,4 @@
-"""Vocabulary-parallel log-probabilities: gloo processes against the dense result, and what one process can show."""
+"""Vocabulary-parallel log-probabilities: what one process can show (several: tests/test_shards.py)."""
 
 from __future__ import annotations
 
@@ -8,16 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from cppo.scoring import VocabShard, local_part, merge, parallel, score_ids, top_ids
-from gloo import run_workers
+from cppo.scoring import VocabShard, local_part, merge, score_ids, top_ids
 
-from .vocab_cases import CASES, Case, LargestTensor, assert_close, refused
-
-
-@pytest.mark.parametrize("processes", [2, 3])
-def test_split_vocabulary_equals_the_whole(processes: int) -> None:
-    """gloo processes hold columns of the logits; each compares with the dense result (vocab_worker.py)."""
-    run_workers("scoring.vocab_worker", processes)
+from .vocab_cases import CASES, Case, LargestTensor, assert_close, chunked, refused
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -25,7 +18,7 @@ def test_one_rank_without_process_group(case: Case) -> None:
     """No process group: dense callers use the same function, with or without a shard."""
     want, want_lse = case.dense()
     ids = case.ids(1)
-    for shard in (None, VocabShard.equal(case.vocab), VocabShard.chunked(case.vocab)):
+    for shard in (None, VocabShard.equal(case.vocab), chunked(case.vocab)):
         got = score_ids(case.logits(), ids, temperature=case.temperatures(), shard=shard)
         assert_close(got.logp, want.gather(-1, ids), case.name)
         assert_close(got.logsumexp, want_lse, case.name)
@@ -61,7 +54,7 @@ def test_extra_memory_is_one_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     ids = torch.randint(vocab, (tokens, 21), generator=torch.Generator().manual_seed(1))
     whole = score_ids(logits, ids)
     for elements in (vocab * 100, vocab, 5):
-        monkeypatch.setattr(parallel, "CHUNK_ELEMENTS", elements)
+        monkeypatch.setattr("cppo.scoring.ids.CHUNK_ELEMENTS", elements)
         with LargestTensor() as largest:
             got = score_ids(logits, ids)
         assert torch.equal(got.logp, whole.logp) and torch.equal(got.logsumexp, whole.logsumexp)

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from cppo.scoring.parallel import VocabShard, rank_and_size
+
 
 @dataclass(frozen=True)
 class Case:
@@ -153,5 +155,12 @@ def shards_of(case: Case, size: int, shard: Any) -> Iterator[tuple[str, Any, Cal
     yield "equal", shard.equal(each, case.vocab), padded(each)
     # As Megatron does: to a multiple of 128 for each rank, so that whole parts may be padding.
     yield "padded", shard.equal(each + 128, case.vocab), padded(each + 128)
-    chunked = shard.chunked(case.vocab)
-    yield "chunked", chunked, lambda z: z[..., chunked.start : chunked.stop].contiguous()
+    short = chunked(case.vocab)
+    yield "chunked", short, lambda z: z[..., short.start : short.stop].contiguous()
+
+
+def chunked(vocab: int) -> VocabShard:
+    """DTensor's layout over the default group: parts of ceil(V / ranks), the last ones shorter or empty."""
+    rank, size = rank_and_size(None)
+    each = -(-vocab // size)
+    return VocabShard(min(rank * each, vocab), min((rank + 1) * each, vocab), vocab)

@@ -127,11 +127,6 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     "delta of a gate": (lambda: theory.paper_gate(problem(), [1, 1], 0, 0.1), "delta is 0"),
     "delta_b of a gate": (lambda: theory.causal_gate(problem(), [1, 1], 0.1, -1), "delta_b is -1"),
     "weights of a gate": (lambda: theory.causal_gate(problem(), [1, 1, 1], 0.1, 0), r"\[3\], expected \[2\]"),
-    # the certified interval
-    "two shapes": (lambda: theory.topk_interval(HALF, NEXT, 1), "must have one shape"),
-    "k 0": (lambda: theory.topk_interval(HALF, HALF, 0), "k is 0"),
-    "rollout no distribution": (lambda: theory.topk_interval(HALF * 2, HALF, 1), "rollout: a row is no distribution"),
-    "policy no distribution": (lambda: theory.topk_interval(HALF, HALF * NAN, 1), "policy: a row is no distribution"),
     # the certificate
     "a flat mask": (lambda: certify(mask=np.ones(3)), r"mask has the shape \[3\]"),
     "no response": (lambda: certify(mask=np.ones((0, 3))), "at least one response"),

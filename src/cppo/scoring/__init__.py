@@ -3,27 +3,26 @@ ever holding the logits. Needs torch alone.
 
 * `score_tokens`: log-probabilities (with gradient), candidates, entropy, top k. `exact_divergence`: TV and KL over the
   whole vocabulary. Both take a lm_head that is split over a tensor-parallel group (`VocabShard`).
-* `adaptive_for_rule`, `adaptive_divergence`: decide as the exact TV does, computing it for few tokens.
-* `pack_topk`, `RaggedTopK`: mu's top K in at most 5 bytes an entry.
-* `parallel`: the same merge for engines that have logits (`score_ids`, `top_ids`).
+* `adaptive_for_rule`: decides as the exact TV does, computing it for few tokens.
+* `pack_topk`, `RaggedTopK`: mu's top K in at most 5 bytes per entry.
+* `score_ids`, `top_ids`: the same for engines that have logits.
 """
 
-from cppo.scoring.adaptive import AdaptiveDivergence, adaptive_divergence, adaptive_for_rule
+from cppo.scoring.adaptive import AdaptiveDivergence, adaptive_for_rule
 from cppo.scoring.exact import Distributions, exact_divergence
-from cppo.scoring.parallel import LocalPart, Scores, VocabShard, local_part, merge, score_ids, top_ids
-from cppo.scoring.store import CompactTopK, RaggedTopK, contains, pack_topk, topk_error_bound, unpack_topk
+from cppo.scoring.ids import local_part, score_ids, top_ids
+from cppo.scoring.parallel import LocalPart, Scores, VocabShard, merge
+from cppo.scoring.store import RaggedTopK, contains, pack_topk, topk_error_bound, unpack_topk
 from cppo.scoring.tokens import TokenScores, score_tokens
 
 __all__ = [
     "AdaptiveDivergence",
-    "CompactTopK",
     "Distributions",
     "LocalPart",
     "RaggedTopK",
     "Scores",
     "TokenScores",
     "VocabShard",
-    "adaptive_divergence",
     "adaptive_for_rule",
     "contains",
     "exact_divergence",

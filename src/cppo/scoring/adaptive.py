@@ -5,7 +5,6 @@
 The exact TV of a token costs two vocabulary-wide products with the lm_head, the interval next to nothing. A hard limit
 only asks on which side of it a token lies, so a token whose interval does not contain the limit is decided already.
 
-* `adaptive_divergence`: one known limit a token.
 * `adaptive_for_rule`: any rule, also those whose limit for one token depends on others (CPPO's prefix and its adaptive
   budget, TRM's mean). Resolves in passes, each an exact evaluation of a few tokens, until nothing is left open.
 * The cheap alternative is `divergence="topk_tv_upper"`: the upper end in place of D_t needs no exact evaluation at all.
@@ -61,48 +60,6 @@ class AdaptiveDivergence:
     divergence: Tensor
     resolved: Tensor
     passes: int
-
-    def resolved_fraction(self, mask: Tensor) -> float:
-        """Share of the tokens in `mask` that were evaluated exactly; 0 without any token (synchronises the device)."""
-        inside = mask.bool()
-        return float((self.resolved & inside).sum() / inside.sum().clamp(min=1))
-
-
-@torch.no_grad()
-def adaptive_divergence(
-    lower: Tensor,
-    upper: Tensor,
-    exact: Exact,
-    *,
-    limit: float | Tensor,
-    mask: Tensor | None = None,
-    slack: float | Tensor | None = None,
-) -> AdaptiveDivergence:
-    """D_t that lies on the same side of a known limit as the exact TV, at every token.
-
-    D_t <= limit_t holds for the result exactly where it holds for the exact TV (up to rounding of D_t itself): where
-    the interval does not contain the limit, both ends are on one side of it, and the exact TV with them.
-
-    Parameters
-    ----------
-    lower, upper : ends of the interval, any shape, float.
-    exact : gets the flat positions (int64 ``[M]``, ascending) of the tokens with lower <= limit < upper and returns
-        their exact TV ``[M]``; not called where there is none.
-    limit : number, or tensor that broadcasts against the tokens.
-    mask : which tokens matter; the others may hold anything (0 is returned) and are not resolved. None: all.
-    slack : see `adaptive_for_rule`.
-
-    Raises
-    ------
-    ValueError : shapes do not fit; lower > upper or NaN at a token; `exact` returns something else than finite values
-        of the interval.
-    """
-    if mask is None:
-        mask = torch.ones_like(lower, dtype=torch.bool)
-    ends = _Ends.of(lower, upper, mask.bool(), _float_type(lower), slack)
-    open_ = (ends.low <= limit) & (ends.high > limit)
-    passes = ends.resolve(open_, exact)
-    return AdaptiveDivergence(ends.known, ends.resolved, passes)
 
 
 @torch.no_grad()
@@ -303,7 +260,3 @@ def _anywhere(tokens: Tensor, batch: TokenBatch) -> bool:
         found = found.to(torch.int32)
         torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, group=batch.shard.group)
     return bool(found)
-
-
-def _float_type(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from cppo.scoring import backends
 from cppo.scoring.logits import LogitMap, Operands, tile_shape
-from cppo.scoring.parallel import VocabShard, _rank_and_size, merge
-from cppo.scoring.tokens import _check_inputs, logit_map
+from cppo.scoring.parallel import VocabShard, merge, rank_and_size
+from cppo.scoring.tokens import check_inputs, logit_map
 
 KINDS = ("tv", "kl")
 
@@ -88,8 +88,8 @@ def exact_divergence(
     """
     if kind not in KINDS:
         raise ValueError(f"kind is {kind!r}, expected 'tv' or 'kl'.")
-    here = _check_inputs(policy.hidden, policy.lm_head, policy.bias, shard)
-    _check_inputs(rollout.hidden, rollout.lm_head, rollout.bias, shard)
+    here = check_inputs(policy.hidden, policy.lm_head, policy.bias, shard)
+    check_inputs(rollout.hidden, rollout.lm_head, rollout.bias, shard)
     lead = policy.hidden.shape[:-1]
     if rollout.hidden.shape[:-1] != lead or rollout.lm_head.shape[0] != policy.lm_head.shape[0]:
         raise ValueError(
@@ -108,7 +108,7 @@ def exact_divergence(
             for name, given, logits in zip(("policy", "rollout"), (policy, rollout), maps, strict=True)
         )
         total = module.exact_partial(pi, mu, kind=kind, valid=here.valid, tile=shape)
-    if shard is not None and _rank_and_size(shard.group)[1] > 1 and total.numel():
+    if shard is not None and rank_and_size(shard.group)[1] > 1 and total.numel():
         torch.distributed.all_reduce(total, group=shard.group)
     total.clamp_(min=0.0)
     return (total.clamp_(max=1.0) if kind == "tv" else total).view(lead)

@@ -1,10 +1,9 @@
-"""Compact stores of mu's top-K, in memory and on the wire: 5 bytes an entry, float16 log-probability and 3-byte id.
+"""Compact stores of mu's top-K: 5 bytes per entry, a float16 log-probability and a 3-byte id.
 
 * Dense: `pack_topk` and `unpack_topk`, uint8 ``[..., 5K]``, a plain tensor that an engine may shuffle, split and
-  concatenate with its own; 100 bytes a token at K = 20. `CompactTopK` is the same with the interface of the next.
+  concatenate with its own; 100 bytes per token at K = 20.
 * Ragged by mass: `RaggedTopK` keeps a token's fewest likeliest entries that cover 1 - epsilon of mu, at most K, and
-  costs one byte a token and 5 bytes a kept entry.
-* Wire: `to_bytes` of both, and `from_bytes`, which refuses what is truncated, corrupt or something else.
+  costs one byte per token and 5 bytes per kept entry.
 
 An **unused slot** has log-probability -inf and comes back with id 0. Since id 0 is a token like any other, pi's
 log-probability there must be set to -inf as well before a divergence is taken, and "inside" is not `ids == token`::
@@ -31,9 +30,6 @@ Packing is vectorised and, dense, never synchronises an accelerator (see `check`
 
 from __future__ import annotations
 
-import math
-import struct
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -48,13 +44,6 @@ ID_LIMIT = 2**24
 LOWEST = -65504.0
 #: What a log-softmax may exceed 0 by through rounding (as in `TokenBatch.check`); stored as 0.
 ROUNDING = 1e-3
-
-_MAGIC, _VERSION = b"CPTK", 1
-_DENSE, _RAGGED = 1, 2
-# magic, version, kind, K, number of leading dimensions, bytes of the payload; the dimensions (uint64) follow, then the
-# payload, then a CRC-32 of all that.
-_HEADER = struct.Struct("<4sBBIBQ")
-_CRC = struct.Struct("<I")
 
 
 # -- entries -----------------------------------------------------------------------------------------------------------
@@ -211,78 +200,6 @@ def topk_error_bound(logp: Tensor) -> Tensor:
     return (logp.exp() * torch.expm1(2.0**-11 * logp.abs() + 2.0**-25)).sum(-1)
 
 
-@dataclass(frozen=True, eq=False)
-class CompactTopK:
-    """The dense store with the interface of `RaggedTopK`: K entries a token.
-
-    Attributes
-    ----------
-    packed : uint8 ``[..., 5K]``, as `pack_topk` returns it.
-    """
-
-    packed: Tensor
-
-    def __post_init__(self) -> None:
-        _require_packed(self.packed)
-
-    @classmethod
-    def pack(cls, ids: Tensor, logp: Tensor, *, check: bool | None = None) -> CompactTopK:
-        """See `pack_topk`."""
-        return cls(pack_topk(ids, logp, check=check))
-
-    def unpack(self) -> tuple[Tensor, Tensor]:
-        """See `unpack_topk`."""
-        return unpack_topk(self.packed)
-
-    @property
-    def shape(self) -> torch.Size:
-        """The tokens."""
-        return self.packed.shape[:-1]
-
-    @property
-    def k(self) -> int:
-        """Entries a token."""
-        return self.packed.shape[-1] // ENTRY_BYTES
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the store."""
-        return self.packed.numel()
-
-    @property
-    def bytes_per_token(self) -> float:
-        """5K (0 without any token)."""
-        return self.nbytes / max(math.prod(self.shape), 1)
-
-    def __getitem__(self, rows: slice | Tensor) -> CompactTopK:
-        """Rows of the first dimension, by a slice or a one-dimensional tensor of indices or bools."""
-        _require_rows(self.shape, rows)
-        return CompactTopK(self.packed[rows])
-
-    def split(self, rows: int | Sequence[int]) -> list[CompactTopK]:
-        """Parts along the first dimension, of `rows` each or of the sizes given, as `torch.split`."""
-        return [CompactTopK(part) for part in self.packed.split(_sizes(rows))]
-
-    @classmethod
-    def cat(cls, stores: Sequence[CompactTopK]) -> CompactTopK:
-        """Join along the first dimension.
-
-        Raises
-        ------
-        ValueError : none given, or K or further dimensions differ.
-        """
-        _require_alike(stores)
-        return cls(torch.cat([store.packed for store in stores]))
-
-    def to(self, device: torch.device | str) -> CompactTopK:
-        """The same on `device`."""
-        return CompactTopK(self.packed.to(device))
-
-    def to_bytes(self) -> bytes:
-        """For the wire: `from_bytes`."""
-        return _to_bytes(_DENSE, self.k, self.shape, [self.packed])
-
-
 # -- ragged ------------------------------------------------------------------------------------------------------------
 
 
@@ -364,18 +281,6 @@ class RaggedTopK:
         """1 + 5 times the mean number of entries (0 without any token)."""
         return self.nbytes / max(self.counts.numel(), 1)
 
-    def __getitem__(self, rows: slice | Tensor) -> RaggedTopK:
-        """Rows of the first dimension, by a slice or a one-dimensional tensor of indices or bools (a copy)."""
-        _require_rows(self.shape, rows)
-        rows = torch.arange(self.shape[0], device=self.counts.device)[rows]
-        sizes = self.counts.reshape(self.shape[0], math.prod(self.shape[1:])).sum(1)
-        taken = sizes[rows]
-        # Entry i of the result is entry i + (where its row begins here) - (where its row begins there).
-        shift = (sizes.cumsum(0) - sizes)[rows] - (taken.cumsum(0) - taken)
-        source = shift.repeat_interleave(taken)
-        source += torch.arange(source.shape[0], device=source.device)
-        return RaggedTopK(self.counts[rows], self.entries[source], self.k)
-
     def split(self, rows: int | Sequence[int]) -> list[RaggedTopK]:
         """Parts along the first dimension, of `rows` each or of the sizes given, as `torch.split`."""
         counts = self.counts.split(_sizes(rows))
@@ -394,95 +299,15 @@ class RaggedTopK:
         counts, entries = [store.counts for store in stores], [store.entries for store in stores]
         return cls(torch.cat(counts), torch.cat(entries), stores[0].k)
 
-    def to(self, device: torch.device | str) -> RaggedTopK:
-        """The same on `device`."""
-        return RaggedTopK(self.counts.to(device), self.entries.to(device), self.k)
-
-    def to_bytes(self) -> bytes:
-        """For the wire: `from_bytes`."""
-        return _to_bytes(_RAGGED, self.k, self.shape, [self.counts, self.entries])
-
-
-def _require_rows(shape: torch.Size, rows: slice | Tensor) -> None:
-    if not shape or not isinstance(rows, slice | Tensor) or (isinstance(rows, Tensor) and rows.dim() != 1):
-        raise ValueError(
-            f"a top-K store of shape {list(shape)} is indexed by {rows!r}: expected a slice, or a one-dimensional "
-            "tensor of indices or bools, of rows (one row: store[i : i + 1])."
-        )
-
 
 def _sizes(rows: int | Sequence[int]) -> int | list[int]:
     return rows if isinstance(rows, int) else list(rows)
 
 
-def _require_alike(stores: Sequence[CompactTopK] | Sequence[RaggedTopK]) -> None:
+def _require_alike(stores: Sequence[RaggedTopK]) -> None:
     alike = {(store.k, *store.shape[1:]) for store in stores}
     if len(alike) != 1 or any(not store.shape for store in stores):
         raise ValueError(
             f"{len(stores)} top-K stores of (shape, K) {[(list(s.shape), s.k) for s in stores][:4]} ...: to join them "
             "along the first dimension, K and the further dimensions must be the same."
         )
-
-
-# -- wire --------------------------------------------------------------------------------------------------------------
-
-
-def _to_bytes(kind: int, k: int, shape: torch.Size, tensors: list[Tensor]) -> bytes:
-    payload = bytearray(sum(t.numel() for t in tensors))
-    if payload:
-        torch.cat([t.flatten().cpu() for t in tensors], out=torch.frombuffer(payload, dtype=torch.uint8))
-    header = _HEADER.pack(_MAGIC, _VERSION, kind, k, len(shape), len(payload))
-    data = header + struct.pack(f"<{len(shape)}Q", *shape) + payload
-    return data + _CRC.pack(zlib.crc32(data))
-
-
-def _require_wire(condition: bool, what: str) -> None:
-    if not condition:
-        raise ValueError(f"not a top-K store that this version can read: {what}.")
-
-
-def from_bytes(data: bytes | bytearray | memoryview) -> CompactTopK | RaggedTopK:
-    """The store that `to_bytes` wrote, on the CPU.
-
-    Layout, little-endian: magic "CPTK", version u8, kind u8 (1 dense, 2 ragged), K u32, number of dimensions u8, bytes
-    of the payload u64; the dimensions, u64 each; the payload (dense: `packed`; ragged: `counts`, then `entries`);
-    CRC-32 of all before it, u32. The checksum finds accidents, not forgery; whatever passes it is still checked.
-
-    Raises
-    ------
-    ValueError : truncated, corrupt, written by something else or by another version, or inconsistent in itself.
-    """
-    data = bytes(data)
-    found = len(data)
-    _require_wire(data[: len(_MAGIC)] == _MAGIC, f"{found} bytes that begin with {data[:4]!r}, expected {_MAGIC!r}")
-    _require_wire(found >= _HEADER.size, f"it ends inside its header, after {found} bytes")
-    _, version, kind, k, dims, length = _HEADER.unpack_from(data)
-    _require_wire(version == _VERSION, f"its version is {version}, expected {_VERSION}")
-    start = _HEADER.size + 8 * dims
-    whole = start + length + _CRC.size
-    _require_wire(found == whole, f"it has {found} bytes, but its header says {whole} (truncated, or joined to others)")
-    crc = _CRC.unpack_from(data, start + length)[0]
-    _require_wire(crc == zlib.crc32(data[: start + length]), "its checksum does not fit its content (corrupt)")
-    _require_wire(kind in (_DENSE, _RAGGED), f"its kind is {kind}, expected {_DENSE} (dense) or {_RAGGED} (ragged)")
-    _require_wire(k >= 1 and (kind == _DENSE or k <= 255), f"its K is {k}")
-    shape = struct.unpack_from(f"<{dims}Q", data, _HEADER.size)
-    # Also with empty dimensions: torch multiplies the others to strides.
-    _require_wire(math.prod(max(size, 1) for size in shape) * k * ENTRY_BYTES < 2**63, f"its shape is {list(shape)}")
-    tokens, body = math.prod(shape), bytearray(data[start : start + length])
-    payload = torch.frombuffer(body, dtype=torch.uint8) if body else torch.empty(0, dtype=torch.uint8)
-    if kind == _DENSE:
-        wanted = tokens * k * ENTRY_BYTES
-        _require_wire(length == wanted, f"{tokens} tokens of {k} entries take {wanted} bytes, not {length}")
-        _require_values(*_decode(payload.view(tokens * k, ENTRY_BYTES)))
-        return CompactTopK(payload.view(*shape, k * ENTRY_BYTES))
-    _require_wire(length >= tokens, f"{tokens} tokens need as many bytes for their counts, the payload has {length}")
-    counts, entries = payload[:tokens], payload[tokens:]
-    most, total = (int(counts.max()), int(counts.sum())) if tokens else (0, 0)
-    _require_wire(most <= k, f"a token has {most} entries, more than its K of {k}")
-    _require_wire(
-        entries.numel() == total * ENTRY_BYTES,
-        f"its counts sum to {total} entries of {ENTRY_BYTES} bytes, but {entries.numel()} bytes follow",
-    )
-    entries = entries.view(total, ENTRY_BYTES)
-    _require_values(*_decode(entries))
-    return RaggedTopK(counts.view(shape), entries, k)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from cppo.scoring import backends
 from cppo.scoring.logits import LOGITS_DTYPES, LogitMap, tile_shape
-from cppo.scoring.parallel import VocabShard, _rank_and_size, merge, merge_top
+from cppo.scoring.parallel import VocabShard, merge, merge_top, rank_and_size
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +106,7 @@ def score_tokens(
     ------
     ValueError : shapes, dtypes or devices do not fit; ids are out of range, or of a type that cannot hold V ids.
     """
-    here = _check_inputs(hidden, lm_head, bias, shard)
+    here = check_inputs(hidden, lm_head, bias, shard)
     lead = hidden.shape[:-1]
     _check_ids("token_ids", token_ids, lead, hidden.device, here.vocab_size, check)
     if candidate_ids is not None:
@@ -205,7 +205,7 @@ class _Score(torch.autograd.Function):
             )
         if d_hidden is not None:
             exchange = task.exchange
-            if exchange is not None and _rank_and_size(exchange.group)[1] > 1 and d_hidden.numel():
+            if exchange is not None and rank_and_size(exchange.group)[1] > 1 and d_hidden.numel():
                 # every rank has the gradient through its own columns; all have the same rows
                 torch.distributed.all_reduce(d_hidden, group=exchange.group)
             if not every:
@@ -249,13 +249,13 @@ def require_positive(name: str, value: float) -> None:
         raise ValueError(f"{name} is {value!r}, expected a number above 0.")
 
 
-def _check_inputs(hidden: Tensor, lm_head: Tensor, bias: Tensor | None, shard: VocabShard | None) -> VocabShard:
+def check_inputs(hidden: Tensor, lm_head: Tensor, bias: Tensor | None, shard: VocabShard | None) -> VocabShard:
     """Shapes, dtypes and devices; which columns of the vocabulary `lm_head` is."""
     for name, value in (("hidden", hidden), ("lm_head", lm_head), ("bias", bias)):
         if value is not None and hasattr(value, "full_tensor"):
             raise ValueError(
                 f"{name} is a DTensor (sharded): pass {name}.full_tensor(), or the local part of a head that is split "
-                f"over the vocabulary, {name}.to_local(), together with shard=VocabShard.chunked(V, group)."
+                f"over the vocabulary, {name}.to_local(), together with shard=VocabShard(start, stop, V, group)."
             )
     if not hidden.is_floating_point() or hidden.dim() < 2:
         raise ValueError(f"hidden has dtype {hidden.dtype} and shape {list(hidden.shape)}, expected floats [..., d].")

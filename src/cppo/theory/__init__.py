@@ -22,7 +22,6 @@ from cppo.theory.bounds import (
     uniform,
 )
 from cppo.theory.certificates import Certificate, Estimate, Positions, certificate
-from cppo.theory.certified import topk_interval
 from cppo.theory.checks import AssumptionError
 from cppo.theory.comparison import Constant, constants
 from cppo.theory.mixtures import causal_gate, mixture, paper_gate
@@ -63,7 +62,6 @@ __all__ = [
     "terminal_only",
     "theorem_1",
     "tightest_residual",
-    "topk_interval",
     "trm_avg",
     "trm_max",
     "trm_max_avg",

@@ -28,7 +28,7 @@ from cppo import divergence as divergences
 from cppo.engines.support import TrustRegionLoss
 from cppo.engines.verl.config import LOSSES, needs_top_k, rule_of
 from cppo.errors import UserError
-from cppo.scoring.parallel import VocabShard, score_ids
+from cppo.scoring import VocabShard, score_ids
 from cppo.tokens import TokenBatch
 
 #: Key of D_t among a forward's outputs.

@@ -1,4 +1,4 @@
-"""One process of the context-parallel test (started by test_prefix.py with RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT).
+"""One process of a context-parallel group (started by test_shards.py).
 
 Every process builds the same whole batch from a seed, takes its chunks of it, and compares what the package computes
 over the process group with the same slice of what it computes on the whole.
@@ -7,11 +7,9 @@ over the process group with the same slice of what it computes on the whole.
 from __future__ import annotations
 
 import math
-import os
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 import cppo
@@ -38,9 +36,7 @@ def take(x: Tensor, chunks: tuple[int, ...], size: int) -> Tensor:
     return torch.cat([pieces[c] for c in chunks], 1)
 
 
-def main() -> None:
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    dist.init_process_group("gloo")
+def check(rank: int, size: int) -> str:
     width = 6 * size * 3
     rows = 5
     responses = random_responses(seed=size, lengths=[width] * rows, holes=0.3, token_advantages=True)
@@ -98,9 +94,4 @@ def main() -> None:
                         inside = mine(mask)
                         a, b = a.expand(inside.shape)[inside], mine(b.expand(mask.shape))[inside]
                     assert torch.allclose(a, b, rtol=1e-5, atol=1e-6), f"{name}, {case}: {key}\n{a}\n{b}"
-    print("all equal", flush=True)
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()
+    return "all equal"

@@ -1,11 +1,10 @@
-"""One process of the sharded scorer's test (started by test_score_parallel.py with RANK, WORLD_SIZE, MASTER_ADDR,
-MASTER_PORT): a vocabulary-parallel lm_head, and sequence shards. Compares with whole logits in float64.
+"""One process of a group (started by test_shards.py): a vocabulary-parallel lm_head, and sequence shards, compared with
+whole logits in float64.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 from dataclasses import replace
 
 import torch
@@ -18,7 +17,7 @@ from . import dense
 from .dense import Head
 from .test_exact import pair, total_variation
 from .test_score_tokens import close, close_gradient
-from .vocab_cases import Collectives
+from .vocab_cases import Collectives, chunked
 
 CASES = (
     Head("plain"),
@@ -36,7 +35,7 @@ def shards(vocab: int, size: int) -> list[tuple[str, VocabShard]]:
     each = -(-vocab // size)
     return [
         ("padded", VocabShard.equal(each + 130, vocab)),  # the last part may be padding alone
-        ("chunked", VocabShard.chunked(vocab)),
+        ("chunked", chunked(vocab)),
     ]
 
 
@@ -136,18 +135,11 @@ def check_sequence_shards(rank: int, size: int) -> None:
     torch.testing.assert_close(total, whole[1].grad, rtol=1e-12, atol=1e-12)
 
 
-def main() -> None:
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    dist.init_process_group("gloo")
+def check(rank: int, size: int) -> str:
     digest = hashlib.sha256()
     for case in CASES:
         for name, shard in shards(case.vocab, size):
             check_scores(case, name, shard, digest)
             check_exact(case, shard)
     check_sequence_shards(rank, size)
-    print(f"all equal {digest.hexdigest()}", flush=True)
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()
+    return digest.hexdigest()
