@@ -1,4 +1,4 @@
-"""NeMo-RL: the contract against the interface of its losses (stubs_nemo_rl.py)."""
+"""NeMo-RL: the contract against the interface of its losses (stubs/nemo_rl.py)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,12 @@ from cppo.errors import UserError
 from . import contract
 from .contract import Outcome, Sample
 from .stubs import nemo_rl as stubs_nemo_rl
-from .stubs.nemo_rl import ClippedPGLossFn
+from .stubs.nemo_rl import ClippedPGLossConfig, ClippedPGLossFn
+
+
+def clipped(**more: Any) -> ClippedPGLossFn:
+    """NeMo-RL's loss with the settings under which this one may stand in for it: its default has a KL term."""
+    return ClippedPGLossFn(ClippedPGLossConfig(**{"reference_policy_kl_penalty": 0, **more}))
 
 
 def rows(samples: Sequence[Sample]) -> dict[str, Tensor]:
@@ -54,7 +59,7 @@ class NeMoRL(contract.Engine):
         micro_batches: Sequence[Sequence[int]],
         max_on_policy_divergence: float | None = None,
     ) -> Outcome:
-        wrapped = ClippedPGLossFn(self.token_level)
+        wrapped = clipped(token_level_loss=self.token_level)
         loss_fn = TrustRegionLossFn(wrapped, rule, max_on_policy_divergence=max_on_policy_divergence)
         counts = [int(s.response.mask.sum()) for s in samples]
         sizes = torch.tensor(float(len(samples))), torch.tensor(float(sum(counts)))
@@ -82,7 +87,7 @@ class NeMoRL(contract.Engine):
         policy = data.pop("policy")
         del data["generation_logprobs"]
         one = torch.tensor(1.0)
-        stubs_nemo_rl.call_padded(TrustRegionLossFn(ClippedPGLossFn(), rule), policy, data, one, one)
+        stubs_nemo_rl.call_padded(TrustRegionLossFn(clipped(), rule), policy, data, one, one)
 
 
 class NeMoRLSequenceLevel(NeMoRL):
@@ -122,7 +127,7 @@ def test_samples_that_the_trainer_leaves_out() -> None:
     data = rows(samples)
     policy = data.pop("policy").requires_grad_()
     data["sample_mask"][1] = 0
-    loss_fn = TrustRegionLossFn(ClippedPGLossFn(), contract.make("dppo"), max_on_policy_divergence=None)
+    loss_fn = TrustRegionLossFn(clipped(), contract.make("dppo"), max_on_policy_divergence=None)
     one = torch.tensor(1.0)
     stubs_nemo_rl.call_padded(loss_fn, policy, data, one, one)[0].backward()
     assert policy.grad is not None and (policy.grad[1] == 0).all()
@@ -142,19 +147,19 @@ def test_the_first_update_is_remembered_across_pickling() -> None:
         policy = data["generation_logprobs"].clone() if on_policy else policy
         stubs_nemo_rl.call_padded(loss_fn, policy, data, one, one)
 
-    driver = TrustRegionLossFn(ClippedPGLossFn(), "cppo", delta=0.15)
+    driver = TrustRegionLossFn(clipped(), "cppo", delta=0.15)
     update(copy.deepcopy(driver), on_policy=True)
     update(copy.deepcopy(driver), on_policy=False)
-    another = TrustRegionLossFn(ClippedPGLossFn(), "cppo", delta=0.15)
+    another = TrustRegionLossFn(clipped(), "cppo", delta=0.15)
     with pytest.raises(UserError, match="not the same policy"):
         update(another, on_policy=False)
     assert another.judge.rule == cppo.CPPO(delta=0.15, divergence="binary_tv")
 
 
 def test_attributes_of_the_wrapped_loss() -> None:
-    loss_fn = TrustRegionLossFn(ClippedPGLossFn(token_level_loss=False))
+    loss_fn = TrustRegionLossFn(clipped(token_level_loss=False))
     assert loss_fn.loss_type is stubs_nemo_rl.LossType.SEQUENCE_LEVEL and loss_fn.input_type == "logprob"
-    assert loss_fn.metric_normalizations == {"loss": "tokens", "num_valid_samples": "none"}
+    assert loss_fn.metric_normalizations is loss_fn.wrapped.metric_normalizations
     assert not hasattr(loss_fn, "no_such_thing")
 
 
@@ -170,7 +175,14 @@ def test_attributes_of_the_wrapped_loss() -> None:
 def test_what_would_be_ignored_is_refused(name: str, value: Any) -> None:
     assert name in nemo_rl.NEUTRAL
     with pytest.raises(UserError, match=f"loss_fn.{name} is {value}"):
-        TrustRegionLossFn(ClippedPGLossFn(**{name: value}))
+        TrustRegionLossFn(clipped(**{name: value}))
+
+
+def test_nemo_rls_defaults() -> None:
+    """Its KL penalty is on by default; in the reward it does no harm here."""
+    with pytest.raises(UserError, match=r"reference_policy_kl_penalty is 0\.01"):
+        TrustRegionLossFn(ClippedPGLossFn(ClippedPGLossConfig()))
+    TrustRegionLossFn(ClippedPGLossFn(ClippedPGLossConfig(use_kl_in_reward=True)))
 
 
 def test_truncated_sampling_is_refused() -> None:
@@ -179,14 +191,14 @@ def test_truncated_sampling_is_refused() -> None:
     data["curr_logprobs_keep_mask"] = torch.ones(1, policy.shape[1] - 1)
     one = torch.tensor(1.0)
     with pytest.raises(UserError, match=r"policy\.generation\.top_p=1\.0"):
-        stubs_nemo_rl.call_padded(TrustRegionLossFn(ClippedPGLossFn()), policy, data, one, one)
+        stubs_nemo_rl.call_padded(TrustRegionLossFn(clipped()), policy, data, one, one)
 
 
 def test_wrong_settings_say_what_would_be_right() -> None:
     with pytest.raises(UserError, match="Did you mean 'delta'"):
-        TrustRegionLossFn(ClippedPGLossFn(), "cppo", detla=0.1)
+        TrustRegionLossFn(clipped(), "cppo", detla=0.1)
     with pytest.raises(UserError, match="there is no rule 'cpo'"):
-        TrustRegionLossFn(ClippedPGLossFn(), "cpo")
+        TrustRegionLossFn(clipped(), "cpo")
 
 
 def test_another_shape_of_the_engine() -> None:

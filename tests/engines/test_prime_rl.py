@@ -1,8 +1,9 @@
-"""prime-rl: the contract against the interface of its loss module (stubs_prime_rl.py)."""
+"""prime-rl: the contract against the interface of its loss module (stubs/prime_rl.py)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -45,6 +46,17 @@ def inputs(sample: Sample, **more: Any) -> LossInputs:
     )
 
 
+def compute(
+    rows: Sequence[LossInputs], rule: Any, limit: float | None, scale: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """prime-rl's loss of a micro-batch."""
+    loss = stubs_prime_rl.setup_rl_loss_fn(SimpleNamespace(import_path=PATH, kwargs=kwargs(rule, limit)))
+    names = ("trainer_logprobs", "inference_logprobs", "advantages", "loss_mask", "loss_weights")
+    policy, rollout, advantages, mask, weights = ([getattr(row, name) for row in rows] for name in names)
+    weights = None if weights[0] is None else weights
+    return stubs_prime_rl.compute_loss(policy, rollout, None, advantages, mask, weights, None, None, loss, scale, 1, 1)
+
+
 def kwargs(rule: Any, limit: float | None) -> dict[str, Any]:
     """The kwargs of ``[trainer.loss]``: TOML values only, so None is left out."""
     given = {k: v for k, v in rule.parameters().items() if v is not None}
@@ -67,13 +79,12 @@ class PrimeRL(contract.Engine):
         max_on_policy_divergence: float | None = None,
     ) -> Outcome:
         prime_rl._prepare.cache_clear()
-        loss = stubs_prime_rl.load(PATH, kwargs(rule, max_on_policy_divergence))
         scale = float(sum(int(s.response.mask.sum()) for s in samples))  # over the whole step and all processes
         gradients: dict[int, Tensor] = {}
         metrics: dict[str, Tensor] = {}
         for indices in micro_batches:
             rows = [inputs(samples[i]) for i in indices]
-            value, metrics = stubs_prime_rl.compute_loss(rows, loss, scale)
+            value, metrics = compute(rows, rule, max_on_policy_divergence, scale)
             value.backward()
             for i, row in zip(indices, rows, strict=True):
                 assert row.trainer_logprobs.grad is not None
@@ -97,11 +108,11 @@ def test_weights_of_the_rl_component() -> None:
     weights = torch.cat([torch.zeros(2), torch.full((12,), 0.5)])
     weights[5] = 0
     weighted = inputs(sample, loss_weights=weights)
-    loss = stubs_prime_rl.load(PATH, kwargs(cppo.CPPO(divergence="binary_tv"), None))
-    stubs_prime_rl.compute_loss([weighted], loss, 1.0)[0].backward()
+    rule = cppo.CPPO(divergence="binary_tv")
+    compute([weighted], rule, None, 1.0)[0].backward()
     removed = inputs(sample)
     removed.loss_mask[5] = False
-    stubs_prime_rl.compute_loss([removed], loss, 1.0)[0].backward()
+    compute([removed], rule, None, 1.0)[0].backward()
     assert removed.trainer_logprobs.grad is not None and removed.trainer_logprobs.grad.abs().sum() > 0
     torch.testing.assert_close(weighted.trainer_logprobs.grad, 0.5 * removed.trainer_logprobs.grad)
 

@@ -1,4 +1,4 @@
-"""slime: the contract against its loss layer (stubs_slime.py), context parallelism in real processes included."""
+"""slime: the contract against its loss layer (stubs/slime.py), context parallelism in real processes included."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def step(args: Any, samples: Sequence[Sample], micro_batches: Sequence[Sequence[
     for indices in micro_batches:
         chosen = [samples[i] for i in indices]
         batch, logits = micro_batch(chosen)
-        value, metrics = stubs_slime.loss_function(args, batch, size, logits)
+        value, metrics = stubs_slime.share(args, batch, size, logits)
         value.backward()
         assert logits.grad is not None
         parts = logits.grad[0, :, 0].split([stubs_slime.local_length(len(s)) for s in chosen])
@@ -102,7 +102,7 @@ class Slime(contract.Engine):
             args = stubs_slime.arguments(settings(rule, None))
             del batch["rollout_log_probs"]
             batch |= missing
-            stubs_slime.loss_function(args, batch, 1.0, logits)
+            stubs_slime.share(args, batch, 1.0, logits)
 
 
 class SlimePerToken(Slime):
@@ -144,7 +144,7 @@ def test_metrics_are_sums_in_the_reducers_unit() -> None:
             slime.LOSSES.clear()
             args = stubs_slime.arguments(settings(rule, None), per_token)
             batch, logits = micro_batch([samples[i] for i in indices])
-            for name, value in stubs_slime.loss_function(args, batch, 1.0, logits)[1].items():
+            for name, value in stubs_slime.share(args, batch, 1.0, logits)[1].items():
                 summed[name] = summed.get(name, 0.0) + value
         masked = torch.cat([_coefficients(rule, s) == 0 for s in samples])
         unit = float(len(masked)) if per_token else float(len(samples))
@@ -168,7 +168,7 @@ def test_a_process_without_response_tokens_runs_backward() -> None:
     for key in ("advantages", "rollout_log_probs"):
         batch[key] = [x[:0] for x in batch[key]]
     batch |= {"response_lengths": [0], "total_lengths": [6], "loss_masks": [batch["loss_masks"][0][:0]]}
-    value, _ = stubs_slime.loss_function(stubs_slime.arguments({"name": "cppo"}), batch, 1.0, logits)
+    value, _ = stubs_slime.share(stubs_slime.arguments({"name": "cppo"}), batch, 1.0, logits)
     assert value.item() == 0
     value.backward()
     assert logits.grad is not None and (logits.grad == 0).all()
@@ -181,14 +181,14 @@ def test_what_would_be_ignored_is_refused(name: str, value: Any) -> None:
     args = stubs_slime.arguments({"name": "cppo"})
     setattr(args, name, value)
     with pytest.raises(UserError, match=name.replace("_", "-")):
-        stubs_slime.loss_function(args, *_any())
+        stubs_slime.share(args, *_any())
 
 
 def test_truncated_sampling_is_refused() -> None:
     args = stubs_slime.arguments({"name": "cppo"})
     args.rollout_top_p = 0.9
     with pytest.raises(UserError, match="--rollout-top-p to 1"):
-        stubs_slime.loss_function(args, *_any())
+        stubs_slime.share(args, *_any())
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def test_truncated_sampling_is_refused() -> None:
 )
 def test_wrong_settings_say_what_would_be_right(given: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        stubs_slime.loss_function(stubs_slime.arguments(given), *_any())
+        stubs_slime.share(stubs_slime.arguments(given), *_any())
 
 
 def _any() -> tuple[dict[str, Any], float, Tensor]:
@@ -215,4 +215,4 @@ def test_another_shape_of_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(stubs_slime, "get_log_probs_and_entropy", renamed)
     with pytest.raises(EngineChangedError, match="unconcat_tokens"):
-        stubs_slime.loss_function(stubs_slime.arguments({"name": "cppo"}), *_any())
+        stubs_slime.share(stubs_slime.arguments({"name": "cppo"}), *_any())

@@ -1,14 +1,13 @@
-"""The interface of prime-rl's loss module, written from its documentation.
+"""prime-rl's loss module as far as a custom loss sees it: signatures as in facts.json, one component (rl) of three.
 
-Shape of ``src/prime_rl/trainer/rl/loss.py`` and ``docs/algorithms.md`` ("Custom loss") of prime-rl 0.7: the dataclasses
-that a custom loss gets and returns, the loop over the samples of a micro-batch, and the reduction. prime-rl is not on
-PyPI, and its trainer needs CUDA.
+`compute_loss` calls the loss once a sample and divides the sum by the step's scale; metrics are stacked (scalars) or
+joined. prime-rl is not on PyPI, and its trainer needs CUDA.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
@@ -38,26 +37,35 @@ class LossOutputs:
     metrics: dict[str, Tensor]
 
 
-def load(import_path: str, kwargs: dict[str, Any]) -> Callable[[LossInputs], LossOutputs]:
-    """``[trainer.loss] type = "custom"``: the function at `import_path` with `kwargs`."""
-    module, name = import_path.rsplit(".", 1)
+def setup_rl_loss_fn(loss_config: Any) -> Callable[[LossInputs], LossOutputs]:
+    """``[trainer.loss] type = "custom"``: the function at ``import_path`` with ``kwargs``."""
+    module, name = loss_config.import_path.rsplit(".", 1)
     function = getattr(import_module(module), name)
-    return lambda inputs: function(inputs, **kwargs)
+    return lambda inputs: function(inputs, **loss_config.kwargs)
 
 
 def compute_loss(
-    samples: Sequence[LossInputs], loss_fn: Callable[[LossInputs], LossOutputs], rl_scale: float
+    trainer_logprobs: list[Tensor],
+    inference_logprobs: list[Tensor],
+    ref_logprobs: list[Tensor] | None,
+    advantages: list[Tensor],
+    loss_mask: list[Tensor],
+    rl_weights: list[Tensor] | None,
+    ce_weights: None,
+    ref_kl_weights: None,
+    rl_loss_fn: Callable[[LossInputs], LossOutputs],
+    rl_scale: float,
+    ce_scale: int,
+    ref_kl_scale: int,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """One micro-batch: the sum over samples, divided by the step's scale; metrics stacked (scalars) or joined."""
-    total = samples[0].trainer_logprobs.sum() * 0.0
+    """One micro-batch. A weight scales its token's loss; 0 removes it from the component's mask."""
+    total = trainer_logprobs[0].sum() * 0.0
     collected: dict[str, list[Tensor]] = {}
-    for inputs in samples:
-        if inputs.loss_weights is not None:
-            member = inputs.loss_mask & (inputs.loss_weights != 0)
-            inputs = LossInputs(**{**vars(inputs), "loss_mask": member})
-            if not bool(member.any()):
-                continue
-        out = loss_fn(inputs)
+    weights = rl_weights or [None] * len(trainer_logprobs)
+    columns = trainer_logprobs, inference_logprobs, advantages, loss_mask, weights
+    for policy, rollout, advantage, mask, weight in zip(*columns, strict=True):
+        member = mask if weight is None else mask & (weight != 0)
+        out = rl_loss_fn(LossInputs(policy, rollout, None, advantage, member, weight))
         total = total + out.loss
         for key, value in out.metrics.items():
             collected.setdefault(key, []).append(value)

@@ -1,10 +1,9 @@
-"""What slime's loss layer does around a custom loss, written from its behaviour.
+"""What slime's loss layer does around a custom loss: signatures as in facts.json.
 
-Shape of ``slime/backends/megatron_utils/{cp_utils,loss}.py`` of slime 0.4.0: signatures, the zigzag layout under
-context parallelism, the reducer per rollout or per token, and how a micro-batch's loss enters the step. slime is not on
-PyPI and needs Megatron and CUDA. Two things are simpler here: the context-parallel group is the default process group,
-and ``logits`` ``[1, T, 1]`` hold the log-probability of the next token itself, so that the gradient there is the one
-with respect to log pi.
+The zigzag layout under context parallelism, the reducer per rollout or per token, and how a micro-batch's loss enters
+the step. slime is not on PyPI and needs Megatron and CUDA. Two things are simpler here: the context-parallel group is
+the default process group, and ``logits`` ``[1, T, 1]`` hold the log-probability of the next token itself, so that the
+gradient there is the one with respect to log pi.
 """
 
 from __future__ import annotations
@@ -63,9 +62,11 @@ def all_gather_with_cp(tensor: Tensor, total_length: int, response_length: int) 
     return full
 
 
-def slice_log_prob_with_cp(log_prob: Tensor, total_length: int, response_length: int) -> Tensor:
+def slice_log_prob_with_cp(
+    log_prob: Tensor, total_length: int, response_length: int, qkv_format: str = "thd", max_token_len: int | None = None
+) -> Tensor:
     """The whole response -> this process's piece."""
-    assert len(log_prob) == response_length
+    assert len(log_prob) == response_length and qkv_format == "thd"
     return log_prob[held(total_length, response_length)[0]]
 
 
@@ -78,6 +79,8 @@ def get_log_probs_and_entropy(
     response_lengths: list[int],
     with_entropy: bool = False,
     non_loss_data: bool = True,
+    top_p_token_ids: None = None,
+    top_p_token_offsets: None = None,
 ) -> tuple[Tensor, dict[str, list[Tensor]]]:
     """log pi of this process's response tokens, one tensor a sequence."""
     assert logits.dtype == torch.float32 and logits.dim() == 3 and logits.shape[0] == 1
@@ -110,8 +113,15 @@ def get_sum_of_sample_mean(
     return reduce
 
 
-def loss_function(args: Namespace, batch: dict[str, Any], step_size: float, logits: Tensor) -> tuple[Tensor, Any]:
-    """``--loss-type custom_loss``: a micro-batch's share of the step's loss, after Megatron's and DDP's scaling."""
+def policy_loss_function(args: Namespace, batch: dict[str, Any], logits: Tensor, sum_of_sample_mean: Any) -> Any:
+    """slime's own; a custom loss is called as it is."""
+    raise AssertionError("the custom loss stands in for it")
+
+
+def loss_function(
+    args: Namespace, batch: dict[str, Any], num_microbatches: int, step_global_batch_size: float, logits: Tensor
+) -> tuple[Tensor, Any, dict[str, Any]]:
+    """``--loss-type custom_loss``: the loss scaled for Megatron, its normaliser, and metrics as one vector."""
     assert args.loss_type == "custom_loss"
     reducer = get_sum_of_sample_mean(
         batch["total_lengths"],
@@ -122,9 +132,26 @@ def loss_function(args: Namespace, batch: dict[str, Any], step_size: float, logi
     )
     module, name = args.custom_loss_function_path.rsplit(".", 1)
     value, log = getattr(import_module(module), name)(args, batch, logits, reducer)
-    # slime puts all metrics of a micro-batch into one vector, which is summed over micro-batches and processes
-    vector = torch.tensor([0.0, *log.values()])
-    return value / step_size, dict(zip(log, vector[1:].tolist(), strict=True))
+    tokens = sum(mask.sum() for mask in batch["loss_masks"])
+    processes = context_parallel()[1]  # of data and context parallelism, too: one data-parallel process
+    if args.calculate_per_token_loss:
+        value = value * processes
+    else:
+        value = value * num_microbatches / step_global_batch_size * processes
+    per_token = args.calculate_per_token_loss
+    vector = torch.tensor([float(tokens) if per_token else 0.0, *log.values()])
+    return value, tokens if per_token else torch.tensor(1), {"keys": list(log), "values": vector}
+
+
+def share(args: Namespace, batch: dict[str, Any], size: float, logits: Tensor) -> tuple[Tensor, dict[str, float]]:
+    """A micro-batch's share of the step's loss: Megatron divides by the tokens of all processes, or averages over them.
+
+    `size` : loss tokens of the step (per-token loss), or its rollouts.
+    """
+    value, _, log = loss_function(args, batch, 1, size, logits)
+    processes = context_parallel()[1]
+    value = value / (size * processes if args.calculate_per_token_loss else processes)
+    return value, dict(zip(log["keys"], log["values"][1:].tolist(), strict=True))
 
 
 def cut(x: Tensor, prompt: int) -> Tensor:
