@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from forks import python
+
 FOLDER = Path(__file__).parent
 
 
@@ -37,7 +39,7 @@ def run_checks(modules: tuple[str, ...], processes: int) -> None:
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": os.pathsep.join([str(FOLDER), *sys.path]),
         }
-        command = [sys.executable, "-m", "gloo", *modules]
+        command = [python(), "-m", "gloo", *modules]
         workers.append(
             subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         )

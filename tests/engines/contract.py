@@ -41,6 +41,7 @@ from torch import Tensor
 import cppo
 from core.cases import CASES, GARBAGE, NEEDS_DIVERGENCE, REFERENCE_CASES, Response, make, random_responses
 from cppo.errors import UserError
+from forks import python
 
 DATA = Path(__file__).parents[1] / "data"
 RTOL, ATOL = 5e-5, 2e-6  # float32 against float64
@@ -523,7 +524,7 @@ def in_processes(
         environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(roots)}
         workers = [
             subprocess.Popen(
-                [sys.executable, "-m", "engines.contract", target, folder],
+                [python(), "-m", "engines.contract", target, folder],
                 env={**environment, "RANK": str(rank)},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import io
-import os
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 
@@ -12,14 +11,12 @@ import pytest
 from rich.console import Console
 
 from cppo.cli import report as cli_report
-from cppo.cli.compare import compare
 from cppo.cli.report import run
 from cppo.errors import UserError
 from cppo.report.charts import Section
 from cppo.report.figures import draw, draw_threshold, write_figures
 from cppo.report.page import build
 from cppo.report.source import open_source
-from study.planned import TRAINING
 
 from .made import plan_of, write_run
 
@@ -84,23 +81,3 @@ def test_refusals(study, tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "jinja2" else found(name))
     with pytest.raises(UserError, match=r"needs jinja2 .* pip install 'cppo\[study\]'"):
         run(study)
-
-
-@pytest.mark.slow
-def test_a_real_study(tmp_path, monkeypatch):
-    """Two rules trained by real processes, and the report of what they wrote."""
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(TRAINING), os.environ.get("PYTHONPATH", "")]))
-    monkeypatch.syspath_prepend(str(TRAINING))
-    monkeypatch.chdir(tmp_path)
-    tiny = ["tiny.hidden_size=32", "tiny.layers=1", "tiny.heads=2", "warmup.steps=4", "warmup.batch_size=16"]
-    batch = ["rollout.prompts=4", "rollout.responses=4", "rollout.max_new_tokens=24", "updates=2", "steps=2"]
-    limits = ["rule.delta=0.1", "rule.delta_b=0.001", "optimizer.learning_rate=0.003", "samples.every=1"]
-    evaluation = ["evaluation.problems=2", "evaluation.samples=2"]
-    settings = ["task=toy_task:Letters", *tiny, *batch, *limits, *evaluation]
-    console = Console(file=io.StringIO(), width=120)
-    assert compare(None, settings, rules="dppo,cppo", seeds=1, jobs=2, out=tmp_path / "study", console=console) == 0
-    report = build(open_source(tmp_path / "study"))
-    names = {chart.name for chart in report.charts}
-    assert {"result", "reward", "avg-letters", "length", "entropy", "masked", "drift", "relative", "surrogate"} <= names
-    assert {response["run"] for response in report.tokens.responses} == {"dppo-seed0", "cppo-seed0"}
-    assert report.source.marks == [] and (run(tmp_path / "study")).stat().st_size < 1_000_000

@@ -1,11 +1,9 @@
-"""`cppo compare`: the plan and the command; and one real comparison (slow)."""
+"""`cppo compare`: the plan and the command."""
 
 from __future__ import annotations
 
 import dataclasses
 import io
-import os
-import time
 from pathlib import Path
 
 import pytest
@@ -15,11 +13,10 @@ from cppo.cli.compare import compare
 from cppo.errors import UserError
 from cppo.study import compare as compare_module
 from cppo.study.plan import Variant, make_plan
-from cppo.study.results import read_results
 from cppo.study.runner import Runner
 from cppo.study.store import load_plan, open_study
 
-from .planned import TRAINING, plan_of, programmed, rule_of
+from .planned import plan_of, programmed, rule_of
 
 
 @pytest.fixture
@@ -201,30 +198,3 @@ def test_status_after_a_failure(study, monkeypatch):
     console = Console(file=io.StringIO(), width=120)
     assert compare(None, [], resume=plan.folder, jobs=2, console=console) == 1
     assert "always" in (plan.folder / "table.md").read_text()
-
-
-@pytest.mark.slow
-def test_a_real_comparison(tmp_path, monkeypatch):
-    """Two rules, one seed, processes and all: same start, another end, and nothing to do the second time."""
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(TRAINING), os.environ.get("PYTHONPATH", "")]))
-    monkeypatch.syspath_prepend(str(TRAINING))
-    monkeypatch.chdir(tmp_path)
-    tiny = ["tiny.hidden_size=32", "tiny.layers=1", "tiny.heads=2", "warmup.steps=4", "warmup.batch_size=16"]
-    batch = ["rollout.prompts=4", "rollout.responses=4", "rollout.max_new_tokens=24", "updates=2", "steps=2"]
-    limits = ["rule.delta=0.1", "rule.delta_b=0.001", "optimizer.learning_rate=0.003"]
-    evaluation = ["evaluation.problems=2", "evaluation.samples=2"]
-    settings = ["task=toy_task:Letters", *tiny, *batch, *limits, *evaluation]
-    console = Console(file=io.StringIO(), width=120)
-    folder = tmp_path / "study"
-    status = compare(None, settings, rules="dppo,cppo", seeds=1, jobs=2, out=folder, console=console)
-    logs = "".join(path.read_text() for path in (folder / "logs").iterdir())
-    assert status == 0, console.file.getvalue() + logs
-    results = read_results(load_plan(folder))
-    dppo, cppo = results.records
-    assert results.complete and results.unmatched == [] and dppo.before == cppo.before
-    assert dppo.rewards[0] == cppo.rewards[0], "the same policy, prompts and seeds: the same first rollouts"
-    assert dppo.masked_fraction != cppo.masked_fraction
-    assert dppo.seconds > 0 and set(dppo.final) == {"letters", "mean"}
-    began = time.monotonic()
-    assert compare(None, [], resume=folder, console=console) == 0
-    assert time.monotonic() - began < 10, "finished runs are left alone"

@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from cppo.errors import UserError
 from cppo.runs.calibration import read_calibration, read_sample, rule_as_run, rule_of_run, truncate_calibration
 from cppo.thresholds import solve
 from cppo.training import run as run_module
+from forks import python
 
 HERE = Path(__file__).parent
 SETTINGS = [
@@ -115,7 +115,7 @@ def killed(where: str, folder: Path) -> None:
     """Go on with the run in another process, which is killed at that moment."""
     path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "dumb", "PYTHONPATH": path}
-    command = [sys.executable, str(HERE / "killed_run.py"), where, str(folder)]
+    command = [python(), str(HERE / "killed_run.py"), where, str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == -signal.SIGKILL, where + done.stdout + done.stderr
 
@@ -205,8 +205,7 @@ def test_two_processes_choose_together(tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "dumb", "PYTHONPATH": path}
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "cppo.cli", "train"]
     settings = [*SETTINGS, "calibration.steps=1", "steps=2", "warmup.steps=0", f"output_dir={folder}"]
-    command = [sys.executable, *launch, *settings]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    done = subprocess.run([python(), *launch, *settings], capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     record = read_calibration(folder)
     assert record is not None and record["thresholds"] is not None

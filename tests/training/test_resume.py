@@ -6,10 +6,11 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from forks import python
 
 HERE = Path(__file__).parent
 SETTINGS = [
@@ -39,7 +40,7 @@ SETTINGS = [
 def start(*arguments: str) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "dumb", "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, timeout=300)
+    return subprocess.run([python(), *arguments], capture_output=True, text=True, env=environment, timeout=300)
 
 
 def cppo(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -6,7 +6,6 @@ import json
 import os
 import socket
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from peft import LoraConfig
 
 import cppo
 from cppo.engines.trl.trainer import TrustRegionTrainer
+from forks import python
 
 from .trl_setup import (
     NEED_DIVERGENCE,
@@ -190,22 +190,27 @@ def _free_port() -> int:
         return int(s.getsockname()[1])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["binary_tv", "topk_tv", "adaptive_tv"])
-def test_two_processes(kind: str, tmp_path: Path) -> None:
-    """gloo: the same metrics and parameters on both ranks; gradients equal one process on the joint minibatch."""
+KINDS = ("binary_tv", "topk_tv", "adaptive_tv")
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two gloo processes say of each kind of divergence."""
+    out = tmp_path_factory.mktemp("two") / "out"
     root = Path(__file__).parents[3]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root / "src"), "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1"]
-    command += [
-        f"--master-port={_free_port()}",
-        str(Path(__file__).with_name("trl_worker.py")),
-        str(tmp_path / "out"),
-        kind,
-    ]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, cwd=tmp_path)
+    command = [python(), "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1"]
+    command += [f"--master-port={_free_port()}", str(Path(__file__).with_name("trl_worker.py")), str(out), *KINDS]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, cwd=out.parent)
     assert done.returncode == 0, done.stderr[-4000:]
-    first, second = (json.loads((tmp_path / f"out.{rank}.json").read_text()) for rank in (0, 1))
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes(kind: str, two_processes: Path) -> None:
+    """gloo: the same metrics and parameters on both ranks; gradients equal one process on the joint minibatch."""
+    first, second = (json.loads(Path(f"{two_processes}.{kind}.{rank}.json").read_text()) for rank in (0, 1))
     assert first["processes"] == second["processes"] == 2 and first["rows"] == 18
     assert first["logs"] and first["logs"] == second["logs"]
     assert first["parameters"] == second["parameters"]

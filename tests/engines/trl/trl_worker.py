@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,12 @@ def joint(run: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     return together
 
 
-def main(out: str, kind: str) -> None:
+def main(out: str, *kinds: str) -> None:
+    for kind in kinds:
+        Path(f"{out}.{kind}.{os.environ['RANK']}.json").write_text(json.dumps(report(kind)))
+
+
+def report(kind: str) -> dict[str, Any]:
     # 18 responses a process in groups of 4: one group spans both processes.
     run = trainer(
         make("cppo", kind),
@@ -54,8 +60,7 @@ def main(out: str, kind: str) -> None:
     single = gradients(run.model, run._compute_loss(run.model, whole))
     largest = max(float(g.abs().max()) for g in single.values())
     gap = max(float((single[name] - averaged[name]).abs().max()) for name in single) / largest
-    rank = run.accelerator.process_index
-    report = {
+    return {
         "processes": run.accelerator.num_processes,
         "logs": [{k: v for k, v in entry.items() if k.startswith("trust/")} for entry in logs],
         "parameters": fingerprint,
@@ -68,8 +73,7 @@ def main(out: str, kind: str) -> None:
         "masked": run._metrics["train"]["trust/masked_fraction"][-2:],
         "divergence": run._metrics["train"]["trust/divergence_mean"][-2:],
     }
-    Path(out).with_suffix(f".{rank}.json").write_text(json.dumps(report))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2])
+    main(*sys.argv[1:])

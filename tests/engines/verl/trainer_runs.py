@@ -30,6 +30,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 SUPPORT = Path(__file__).parent / "support"
+TESTS = Path(__file__).parents[2]
 SOURCE = Path(__file__).parents[3] / "src"
 #: One for all runs of this process: Ray's workers read it when they are imported, in `Forks` before there is a cluster.
 RAY_TOKEN = secrets.token_hex(32)
@@ -270,7 +271,7 @@ class Forks:
         self.modules, self.timeout = modules, timeout
         self.folder = Path(tempfile.mkdtemp(prefix="forks", dir="/tmp"))
         self.socket = self.folder / "socket"
-        self.python = [sys.executable, "-I", "-S", str(SUPPORT / "forked_python.py")]
+        self.python = [sys.executable, "-I", "-S", str(TESTS / "forked_python.py")]
 
     def __enter__(self) -> Forks:
         log = self.folder / "log.txt"

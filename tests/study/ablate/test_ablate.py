@@ -1,10 +1,8 @@
-"""`cppo ablate`: the suites, the plan they share, and the command; one real study (slow)."""
+"""`cppo ablate`: the suites, the plan they share, and the command."""
 
 from __future__ import annotations
 
 import io
-import json
-import os
 from pathlib import Path
 
 import pytest
@@ -13,14 +11,13 @@ from rich.console import Console
 from cppo.cli.ablate import run as ablate
 from cppo.config.load import load_config
 from cppo.errors import UserError
-from cppo.runs.records import read_metrics
 from cppo.study.ablate.cost import work
 from cppo.study.ablate.suite import Entry, Options, Suite, base_of, compose, suites_of, view
 from cppo.study.ablate.suites import SUITES, THRESHOLDS, make_suites
 from cppo.study.compare import TABLE_1
 from cppo.study.results import read_results
 from cppo.study.store import load_plan, open_study
-from study.planned import TRAINING, plan_of
+from study.planned import plan_of
 
 from .ablated import study
 
@@ -241,43 +238,3 @@ def test_work_counts_what_a_run_does():
     sampled = 10 * 256 * 40
     assert twice - once == pytest.approx(weights * (2 + 16) * sampled)
     assert once == pytest.approx(weights * (18 * sampled + 2 * (2 * 64 * 16 * 40)))
-
-
-@pytest.mark.slow
-def test_a_real_study(tmp_path, monkeypatch):
-    """A frontier and calibrated rules, processes and all: files, shared runs, and nothing to do again."""
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(TRAINING), os.environ.get("PYTHONPATH", "")]))
-    monkeypatch.syspath_prepend(str(TRAINING))
-    monkeypatch.chdir(tmp_path)
-    tiny = ["tiny.hidden_size=32", "tiny.layers=1", "tiny.heads=2", "warmup.steps=4", "warmup.batch_size=16"]
-    batch = ["rollout.prompts=4", "rollout.responses=4", "rollout.max_new_tokens=24", "steps=3", "updates=2"]
-    short = ["evaluation.problems=2", "evaluation.samples=2", "calibration.steps=1"]
-    settings = ["task=toy_task:Letters", *tiny, *batch, *short, "optimizer.learning_rate=0.003"]
-    asked = {"only": "frontier,delta", "rules": "cppo", "learning_rates": "0.003", "updates": "1,2"}
-    asked |= {"targets": "0.1"}
-    console = Console(file=io.StringIO(), width=150)
-    folder = tmp_path / "study"
-    status = ablate(None, settings, seeds=1, jobs=2, out=folder, console=console, **asked)
-    assert status == 0, console.file.getvalue() + "".join(p.read_text() for p in (folder / "logs").iterdir())
-    assert sorted(path.name for path in (folder / "runs").iterdir()) == [
-        "cppo-0.1-seed0",
-        "cppo-lr-0.003-M-2-seed0",
-        "none-lr-0.003-M-1-seed0",
-    ]
-    saved = json.loads((folder / "frontier" / "results.json").read_text())
-    (cppo,) = saved["answer"]["maps"]
-    assert [cell["updates"] for cell in cppo["cells"]] == [1, 2] and saved["answer"]["missing"] == []
-    assert cppo["by_seed"]["0"] == pytest.approx(sum(cell["final"] for cell in cppo["cells"]) / 2)
-    plots = sorted(path.name for path in (folder / "frontier" / "plots").iterdir())
-    assert plots == ["frontier.png", "frontier.svg"]
-    assert "largest learning rate at which it still learns" in (folder / "table.md").read_text()
-    (point,) = json.loads((folder / "delta" / "results.json").read_text())["answer"]["points"]
-    run = folder / "runs" / "cppo-0.1-seed0"
-    assert json.loads((run / "calibration.json").read_text())["target"] == 0.1
-    rows = [row for row in read_metrics(run) if row["kind"] == "train" and row["step"] > 1]
-    assert len(rows) == 4  # two updates in each of the steps after the calibration
-    assert point["masked"] == pytest.approx(sum(row["trust/masked_fraction"] for row in rows) / 4)
-    assert point["final"]["count"] == 1
-    before = {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("metrics.jsonl")}
-    assert ablate(None, [], resume=folder, console=console) == 0
-    assert before == {path: path.stat().st_mtime_ns for path in before}
