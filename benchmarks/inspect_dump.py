@@ -32,10 +32,10 @@ TARGET = {"seconds": 20.0, "gigabytes": 2.0}
 WORKER = """
 import re, resource, sys
 from pathlib import Path
-from rich.console import Console
-from cppo.cli.inspect import run
-with open("/dev/null", "w") as nothing:
-    run(Path(sys.argv[1]), out=Path(sys.argv[2]), console=Console(file=nothing))
+from contextlib import redirect_stdout
+from cppo.cli.inspect import inspect
+with open("/dev/null", "w") as nothing, redirect_stdout(nothing):
+    inspect(Path(sys.argv[1]), out=Path(sys.argv[2]))
 used = resource.getrusage(resource.RUSAGE_SELF)
 # ru_maxrss begins at what the parent held
 print(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1], used.ru_utime + used.ru_stime)

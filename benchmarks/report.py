@@ -45,10 +45,10 @@ SETTINGS = (f"steps={STEPS}", f"updates={UPDATES}", "rule.divergence=binary_tv")
 WORKER = """
 import re, resource, sys
 from pathlib import Path
-from rich.console import Console
-from cppo.cli.report import run
-with open("/dev/null", "w") as nothing:
-    run(Path(sys.argv[1]), Path(sys.argv[2]), console=Console(file=nothing))
+from contextlib import redirect_stdout
+from cppo.cli.report import report
+with open("/dev/null", "w") as nothing, redirect_stdout(nothing):
+    report(Path(sys.argv[1]), Path(sys.argv[2]))
 used = resource.getrusage(resource.RUSAGE_SELF)
 # ru_maxrss begins at what the parent held
 print(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1], used.ru_utime + used.ru_stime)

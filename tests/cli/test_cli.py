@@ -50,15 +50,25 @@ def test_debug_shows_the_traceback_wherever_it_stands():
 
 
 def test_mistakes_are_found_before_training_libraries_are_imported():
-    code = (
-        "import sys\nfrom typer.testing import CliRunner\nfrom cppo.cli import app as cli\n"
-        "run = lambda *words: CliRunner().invoke(cli.app, list(words)).exit_code\n"
-        "print(run('train', 'delta=oops'), run('rules'),"
-        " [m for m in ('transformers', 'trl', 'datasets', 'accelerate') if m in sys.modules])"
-    )
+    code = "from typer.testing import CliRunner\nfrom cppo.cli import app as cli\n"
+    code += "run = lambda *words: CliRunner().invoke(cli.app, list(words)).exit_code\n"
+    code += "assert (run('train', 'delta=oops'), run('rules')) == (2, 0)"
+    assert loaded_after(code, "transformers", "trl", "datasets", "accelerate") == []
+
+
+def loaded_after(code: str, *names: str) -> list[str]:
+    """Which of the modules are imported after the code, in a process of its own."""
+    code = f"import sys\n{code}\nprint(*(name for name in {names} if name in sys.modules))"
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
-    assert done.stdout.strip() == "2 0 []"
+    return done.stdout.splitlines()[-1].split()
+
+
+def test_the_program_starts_without_heavy_libraries():
+    assert loaded_after("import cppo.cli.app", "torch", "pydantic", "matplotlib", "scipy", "cppo.rules") == []
+    called = "from typer.testing import CliRunner\nfrom cppo.cli.app import app\n"
+    called += "assert CliRunner().invoke(app, ['report', '--help']).exit_code == 0"
+    assert loaded_after(called, "torch", "accelerate", "matplotlib") == []
 
 
 def test_version(invoke):

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from rich.console import Console
 
 import cppo
-from cppo.cli import calibrate as cli_calibrate
+from cppo.cli.calibrate import calibrate
 from cppo.dumps.calibrate import propose_rules, thresholds_asked
 from cppo.dumps.dump import read_dump, write_dump
 from cppo.dumps.inspect import inspect_dump
 from cppo.errors import UserError
 from cppo.thresholds import LIMITS
+from said import said
 
 
 def responses(count: int = 120, updates: int = 2, seed: int = 0) -> list[dict[str, Any]]:
@@ -76,37 +75,30 @@ def test_what_is_given_stays(dump: Path) -> None:
 
 
 def test_the_command(dump: Path) -> None:
-    console = Console(file=io.StringIO(), width=150)
-    cli_calibrate.run(dump, 0.05, console=console, rules=["dppo", "cispo", "trm_max"])
-    text = console.file.getvalue()  # type: ignore[attr-defined]
+    text = said(calibrate, dump, 0.05, rule=["dppo", "cispo", "trm_max"])
     assert "ratio_max=" in text and "clamped" in text and "seen at the last update of each step" in text
-    console = Console(file=io.StringIO())
-    cli_calibrate.run(
-        dump, 0.05, as_json=True, console=console, rules=["cppo"], settings=["cppo.delta=0.5"], update="all"
-    )
-    report = json.loads(console.file.getvalue())  # type: ignore[attr-defined]
+    text = said(calibrate, dump, 0.05, as_json=True, rule=["cppo"], settings=["cppo.delta=0.5"], update="all")
+    report = json.loads(text)
     assert report["rules"]["cppo"]["given"] == {"w_min": 0.8, "budget": "adaptive", "delta": 0.5}
     # one rule that cannot is a note beside the others; alone it is an error
-    console = Console(file=io.StringIO(), width=150)
-    cli_calibrate.run(dump, 0.9, console=console, rules=["dppo", "trm_max"])
-    assert "the tightest limit holds back" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert "the tightest limit holds back" in said(calibrate, dump, 0.9, rule=["dppo", "trm_max"])
 
 
 @pytest.mark.parametrize(
     "options,words",
     [
-        ({"rules": ["dppo"], "target": 0.9}, "the tightest limit holds back"),
-        ({"rules": ["none"]}, "rule none has no threshold"),
-        ({"rules": ["dpo"]}, "there is no rule 'dpo'"),
-        ({"rules": ["dppo"], "settings": ["dppo.delta=0.1"]}, "no threshold left: delta are given"),
-        ({"rules": ["cppo"], "settings": ["cppo.budget=auto"]}, "no threshold of cppo"),
-        ({"rules": ["dppo"], "delta": 0.1}, "leave --rule out"),
+        ({"rule": ["dppo"], "target": 0.9}, "the tightest limit holds back"),
+        ({"rule": ["none"]}, "rule none has no threshold"),
+        ({"rule": ["dpo"]}, "there is no rule 'dpo'"),
+        ({"rule": ["dppo"], "settings": ["dppo.delta=0.1"]}, "no threshold left: delta are given"),
+        ({"rule": ["cppo"], "settings": ["cppo.budget=auto"]}, "no threshold of cppo"),
+        ({"rule": ["dppo"], "delta": 0.1}, "leave --rule out"),
         ({"settings": ["cppo.delta=0.1"]}, "--set needs --rule"),
-        ({"rules": ["dppo"], "update": "3"}, "expected last or all"),
+        ({"rule": ["dppo"], "update": "3"}, "expected last or all"),
     ],
 )
 def test_mistakes_are_sentences(dump: Path, options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError) as error:
-        cli_calibrate.run(dump, **options)
+        calibrate(dump, **options)
     assert words in str(error.value)
     assert isinstance(error.value, UserError | ValueError)

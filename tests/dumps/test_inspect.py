@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
 
 import cppo
 import synthetic
@@ -27,6 +26,7 @@ from cppo.runs.certificates import certificate_row
 from cppo.theory import certificate
 from dumps.test_dump import rows, small
 from engines.trl import trl_setup
+from said import said
 
 TIGHT: dict[str, dict[str, Any]] = {
     "cppo": {"delta": 0.15, "delta_b": 0.05},
@@ -310,7 +310,7 @@ def test_unused_slots_of_the_top_k_have_no_mass(tmp_path: Path) -> None:
 
 def test_a_run_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = synthetic.write_run(tmp_path / "run", steps=10, updates=2, evaluate=False)
-    cli_inspect.run(run, as_json=True)
+    cli_inspect.inspect(run, as_json=True)
     found = json.loads(capsys.readouterr().out)
     assert found["divergence"]["name"] == "binary_tv" and found["certificate"] is None
     assert any("cppo bound --run" in note for note in found["notes"])
@@ -364,9 +364,7 @@ def test_a_dump_from_trl(tmp_path: Path, kind: str) -> None:
 
 def test_the_command_prints_and_draws(tmp_path: Path) -> None:
     write_dump(tmp_path / "d.parquet", rows(30))
-    console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    cli_inspect.run(tmp_path / "d.parquet", out=tmp_path / "out", console=console)
-    text = console.export_text()
+    text = said(cli_inspect.inspect, tmp_path / "d.parquet", out=tmp_path / "out")
     for wanted in (
         "exact_tv",
         "topk_kl",
@@ -403,4 +401,4 @@ def test_rules_and_settings() -> None:
         with pytest.raises(ValueError, match=wanted):
             cli_inspect.chosen_rules(names, settings)
     with pytest.raises(UserError, match="--update is 'first'"):
-        cli_inspect.run(Path("d.jsonl"), update="first")
+        cli_inspect.inspect(Path("d.jsonl"), update="first")

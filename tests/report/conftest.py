@@ -10,12 +10,11 @@ from typing import Any
 
 import pytest
 
-from cppo.cli.report import run
 from cppo.files import atomic_write_json
 from cppo.report.page import Report, build
 from cppo.report.source import open_source
 
-from .made import plan_of, write_run, write_study
+from .made import page_of, plan_of, write_run, write_study
 
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
@@ -50,7 +49,7 @@ def report(study: Path) -> Report:
 @pytest.fixture(scope="session")
 def page(study: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The page of the whole study."""
-    return run(study, tmp_path_factory.mktemp("page") / "study.html")
+    return page_of(study, tmp_path_factory.mktemp("page") / "study.html")
 
 
 def _chromium() -> str | None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import synthetic
+from cppo.cli import report as cli_report
 from cppo.config.load import Config
 from cppo.files import atomic_write_json, atomic_write_text
 from cppo.runs.records import append_metrics
@@ -68,3 +69,9 @@ def write_study(folder: Path, plan: Plan | None = None, skip: tuple[str, ...] = 
         if run.name not in skip:
             write_run(plan.folder_of(run), run.config, shift=0.1 if run.variant == "cppo" else 0.0)
     return plan
+
+
+def page_of(source: Path, out: Path | None = None) -> Path:
+    """The page that `cppo report` writes."""
+    cli_report.report(source, out)
+    return out or cli_report.default_page(source)

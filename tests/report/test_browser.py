@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from cppo.cli.report import run
+from .made import page_of
 
 DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 360, "height": 740}
 #: Contrast (WCAG 2) between the colour of every text and what is behind it, where it is below 4.5.
@@ -97,9 +97,9 @@ def test_opens_and_draws_everything(opened, page, report):
 
 
 def test_a_run_and_half_a_study_open_too(opened, study, half, tmp_path):
-    tab = opened(run(study / "runs" / "cppo-seed0", tmp_path / "run.html"))
+    tab = opened(page_of(study / "runs" / "cppo-seed0", tmp_path / "run.html"))
     assert tab.locator("#response .t").count() > 0 and tab.locator("#figure-certificate path.line").count() >= 2
-    tab = opened(run(half, tmp_path / "half.html"))
+    tab = opened(page_of(half, tmp_path / "half.html"))
     assert "1 of 6 runs are finished" in tab.locator(".marks").inner_text()
     assert tab.locator("#figure-reward path.thin.open").count() == 2
 
@@ -236,7 +236,7 @@ def test_contrast(opened, page, scheme):
 
 @pytest.mark.parametrize("which", ["study", "half"])
 def test_a_phone_never_scrolls_sideways(opened, page, half, tmp_path, which):
-    tab = opened(page if which == "study" else run(half, tmp_path / "half.html"), viewport=PHONE)
+    tab = opened(page if which == "study" else page_of(half, tmp_path / "half.html"), viewport=PHONE)
     for summary in tab.locator("summary").all():
         summary.click()
     assert tab.evaluate("document.documentElement.scrollWidth") <= 360

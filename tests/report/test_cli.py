@@ -3,34 +3,26 @@
 from __future__ import annotations
 
 import importlib.util
-import io
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 
 import pytest
-from rich.console import Console
 
 from cppo.cli import report as cli_report
-from cppo.cli.report import run
 from cppo.errors import UserError
 from cppo.report.charts import Section
 from cppo.report.figures import draw, draw_threshold, write_figures
 from cppo.report.page import build
 from cppo.report.source import open_source
+from said import said
 
 from .made import plan_of, write_run
-
-
-def said(*arguments, **options):
-    console = Console(file=io.StringIO(), width=200)
-    run(*arguments, console=console, **options)
-    return console.file.getvalue()
 
 
 def test_default_place_and_words(tmp_path):
     config = plan_of(tmp_path / "plan", ("cppo",), 1).trained[0].config
     folder = write_run(tmp_path / "run", config, last=4)
-    text = said(folder)
+    text = said(cli_report.report, folder)
     assert (folder / "report.html").is_file()
     assert "Note: This run is in progress or was stopped: step 4 of 8." in text and "Written: " in text
 
@@ -64,20 +56,20 @@ def test_opening(study, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(cli_report.webbrowser, "open", lambda uri: seen.append(uri) or False)
     monkeypatch.setattr("cppo.report.figures.write_figures", lambda report, folder: [folder / "reward.png"])
-    text = said(study, tmp_path / "page.html", open_page=True, figures=tmp_path / "figures")
+    text = said(cli_report.report, study, tmp_path / "page.html", open_page=True, figures=tmp_path / "figures")
     assert f"Written to {tmp_path / 'figures'}: 1 files" in text
     assert seen == [(tmp_path / "page.html").as_uri()] and "no browser" in text
 
 
 def test_refusals(study, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="is a folder"):
-        run(study, tmp_path)
+        cli_report.report(study, tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"--figures .* is a file"):
-        run(study, tmp_path / "page.html", figures=tmp_path / "file")
+        cli_report.report(study, tmp_path / "page.html", figures=tmp_path / "file")
     with pytest.raises(UserError, match="there is nothing at"):
-        run(tmp_path / "missing")
+        cli_report.report(tmp_path / "missing")
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "jinja2" else found(name))
     with pytest.raises(UserError, match=r"needs jinja2 .* pip install 'cppo\[study\]'"):
-        run(study)
+        cli_report.report(study)

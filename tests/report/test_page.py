@@ -11,7 +11,6 @@ import shutil
 
 import pytest
 
-from cppo.cli.report import run
 from cppo.dumps.dump import write_dump
 from cppo.errors import UserError
 from cppo.report import page as page_module
@@ -21,7 +20,7 @@ from cppo.study.results import read_results
 from cppo.study.store import load_plan
 from cppo.study.tables import cells, notes
 
-from .made import EVIL, plan_of, write_run
+from .made import EVIL, page_of, plan_of, write_run
 
 
 def data_of(text):
@@ -76,7 +75,7 @@ def test_embedded_json_survives(text):
 
 
 def test_names_and_errors_are_escaped(half, tmp_path):
-    path = run(half, tmp_path / "half.html")
+    path = page_of(half, tmp_path / "half.html")
     text = path.read_text()
     assert "<b>study</b>" not in text and "<i>the disk is full</i>" not in text
     assert "half <b>study</b>" in words_of(text) and "<i>the disk is full</i>" in words_of(text)
@@ -103,7 +102,7 @@ def test_the_sentence_on_top(page):
 
 
 def test_one_run(study, tmp_path):
-    text = run(study / "runs" / "cppo-seed0", tmp_path / "run.html").read_text()
+    text = page_of(study / "runs" / "cppo-seed0", tmp_path / "run.html").read_text()
     words = words_of(text)
     assert "Avg@4 on held-out problems went from 40.0% (step 0) to 76.0% (step 8)." in words
     assert "before (step 0) after (step 8) change best (step 8) pass@4 after" in words
@@ -114,7 +113,7 @@ def test_one_run(study, tmp_path):
 @pytest.mark.parametrize("last", [0, 1])
 def test_a_run_that_has_hardly_begun(tmp_path, last):
     config = plan_of(tmp_path / "plan", ("cppo",), 1).trained[0].config
-    text = run(write_run(tmp_path / "run", config, last=last)).read_text()
+    text = page_of(write_run(tmp_path / "run", config, last=last)).read_text()
     assert "Before you read on" in text and "There are no sampled responses" in text
 
 
@@ -129,14 +128,14 @@ def test_a_dump(study, tmp_path):
         for at in range(4)
     ]
     path = write_dump(tmp_path / "rollouts.jsonl", rows)
-    out = run(path)
+    out = page_of(path)
     assert out == tmp_path / "rollouts-report.html"
     text = out.read_text()
     assert EVIL not in text and len(data_of(text)["tokens"]["responses"]) == 4
     assert data_of(text)["tokens"]["judges"][0]["label"] == "cppo"
     assert "What each rule would do" in text and "Divergence by position" in text
     without = [{key: value for key, value in row.items() if key != "advantage"} for row in rows]
-    text = run(write_dump(tmp_path / "without.jsonl", without)).read_text()
+    text = page_of(write_dump(tmp_path / "without.jsonl", without)).read_text()
     assert "there are no advantages" in words_of(text)
 
 
@@ -145,13 +144,13 @@ def test_different_versions_are_said(study, tmp_path):
     shutil.copytree(study, folder)
     file = folder / "runs" / "cppo-seed0" / "versions.json"
     file.write_text(json.dumps({"python": "3.13.0", "cppo": "0.1.0"}))
-    assert "not made with the same versions of python" in words_of(run(folder).read_text())
+    assert "not made with the same versions of python" in words_of(page_of(folder).read_text())
 
 
 def test_too_large_is_refused(study, tmp_path, monkeypatch):
     monkeypatch.setattr(page_module, "LIMIT", 50_000)
     with pytest.raises(UserError, match="more than 0 MB"):
-        run(study, tmp_path / "page.html")
+        page_of(study, tmp_path / "page.html")
     assert not (tmp_path / "page.html").exists()
 
 
@@ -163,4 +162,4 @@ def test_tokens_take_what_the_rest_leaves(study, monkeypatch):
 
 
 def test_the_same_files_give_the_same_page(study, page, tmp_path):
-    assert run(study, tmp_path / "again.html").read_bytes() == page.read_bytes()
+    assert page_of(study, tmp_path / "again.html").read_bytes() == page.read_bytes()

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 from pathlib import Path
 
 import pytest
-from rich.console import Console
+import typer
 
 from cppo.cli.compare import compare
 from cppo.errors import UserError
@@ -15,6 +14,7 @@ from cppo.study import compare as compare_module
 from cppo.study.plan import Variant, make_plan
 from cppo.study.runner import Runner
 from cppo.study.store import load_plan, open_study
+from said import said
 
 from .planned import plan_of, programmed, rule_of
 
@@ -157,44 +157,43 @@ def test_folders_that_are_no_study(tmp_path):
 def test_arguments_that_do_not_fit(tmp_path, monkeypatch, arguments, says):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=says):
-        compare(None, [], **arguments)
+        compare(**arguments)
     assert not list(tmp_path.iterdir())
 
 
 def test_without_scipy(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'cppo\[study\]'"):
-        compare(None, [])
+        compare()
 
 
 def test_show_and_baseline(study):
     plan, go, _ = study
     go(dppo_seed1="fail")
-    console = Console(file=io.StringIO(), width=120)
-    assert compare(None, [], show=plan.folder, baseline="dppo", console=console) == 0
-    assert "dppo-seed1: failed: the disk is full" in " ".join(console.file.getvalue().split())
+    text = said(compare, show=plan.folder, baseline="dppo", width=120)
+    assert "dppo-seed1: failed: the disk is full" in " ".join(text.split())
     with pytest.raises(UserError, match="expected one of dppo, cppo"):
-        compare(None, [], show=plan.folder, baseline="grpo", console=console)
+        compare(show=plan.folder, baseline="grpo")
 
 
 def test_another_kind_of_study_is_not_taken_for_a_comparison(tmp_path):
     plan = open_study(dataclasses.replace(plan_of(tmp_path / "study"), kind="ablate"), {})
     with pytest.raises(UserError, match="is a study of cppo ablate: cppo ablate --show"):
-        compare(None, [], show=plan.folder)
+        compare(show=plan.folder)
 
 
 def test_status_of_the_command(study):
     plan, go, _ = study
-    console = Console(file=io.StringIO(), width=120)
     go(cppo_seed1="fail")
     go.mend()
-    assert compare(None, [], resume=plan.folder, jobs=1, console=console) == 0
+    said(compare, resume=plan.folder, jobs=1)
 
 
 def test_status_after_a_failure(study, monkeypatch):
     plan, _, _ = study
     failing = ["-S", "-c", "import sys; sys.exit('Error: always')"]
     monkeypatch.setattr(Runner, "command", lambda self, run: failing)
-    console = Console(file=io.StringIO(), width=120)
-    assert compare(None, [], resume=plan.folder, jobs=2, console=console) == 1
+    with pytest.raises(typer.Exit) as status:
+        said(compare, resume=plan.folder, jobs=2)
+    assert status.value.exit_code == 1
     assert "always" in (plan.folder / "table.md").read_text()

@@ -1,13 +1,15 @@
-"""`cppo ablate` behind the command line: a new study, one to go on with, one to look at, or only its size."""
+"""`cppo ablate`: a new study, one to go on with, one to look at, or only its size."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
+import typer
 from rich.console import Console
 
+from cppo.cli.common import Arguments, Jobs, Resume, Seeds, Show, split_arguments
 from cppo.cli.compare import check_options, nothing_else
 from cppo.errors import UserError
 
@@ -18,109 +20,105 @@ if TYPE_CHECKING:
 T = TypeVar("T", int, float)
 
 
-def run(
-    recipe: str | None,
-    settings: Sequence[str],
-    *,
-    only: str | None = None,
-    seeds: int | None = None,
-    jobs: int | None = None,
-    out: Path | None = None,
-    resume: Path | None = None,
-    show: Path | None = None,
-    list_only: bool = False,
-    rules: str | None = None,
-    learning_rates: str | None = None,
-    updates: str | None = None,
-    targets: str | None = None,
-    console: Console | None = None,
-) -> int:
-    """Run suites of ablations; the exit status: 0, or 1 if a run failed (other than by the NaN guard, which is a
-    result).
+def ablate(
+    arguments: Arguments = None,
+    only: Annotated[
+        str | None,
+        typer.Option(
+            "--only",
+            help="Suites, commas between: mechanisms, grid, shapes, delta, length, staleness, frontier (default: all).",
+        ),
+    ] = None,
+    seeds: Seeds = None,
+    jobs: Jobs = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="The study's folder (default: studies/ablate-...).")
+    ] = None,
+    resume: Resume = None,
+    show: Show = None,
+    list_only: Annotated[
+        bool, typer.Option("--list", "--dry-run", help="Only say what would be run, and about how long it takes.")
+    ] = False,
+    rules: Annotated[
+        str | None, typer.Option("--rules", help="Of delta, length, staleness, frontier: names with commas between.")
+    ] = None,
+    learning_rates: Annotated[
+        str | None, typer.Option("--learning-rates", help="Of frontier (default: the recipe's times 1/2 ... 8).")
+    ] = None,
+    updates: Annotated[
+        str | None, typer.Option("--updates", help="Updates per rollout batch, of frontier and staleness.")
+    ] = None,
+    targets: Annotated[
+        str | None, typer.Option("--targets", help="Shares of masked tokens of delta (default: 0.003,0.01,0.03,0.1).")
+    ] = None,
+) -> None:
+    """What do the parts of CPPO do, and how far can it be pushed? Suites of matched runs, with intervals.
 
-    Parameters
-    ----------
-    recipe, settings : as of `cppo train`; ``dppo.delta=0.05`` is for one of the rules alone.
-    only : comma-separated suites (default: all).  seeds : how many (default 5).  jobs : runs at a time.
-    out : folder of the study (default: studies/ablate-<recipe>-001 ...).  resume, show : as of `cppo compare`.
-    list_only : only say what would be run, and about how long it takes.
-    rules : of frontier, staleness, length and delta.  learning_rates : of frontier.  updates : of frontier and
-        staleness.  targets : masked fractions of delta. All comma-separated.
+    cppo ablate --only mechanisms --seeds 1 steps=10
 
-    Raises
-    ------
-    UserError : what the user can put right.  KeyboardInterrupt : Ctrl-C; `str()` says how to go on.
+    cppo ablate --list
     """
-    console = console or Console(highlight=False)
     check_options("ablate", resume, show, out, jobs)
     from cppo.study import store
-    from cppo.study.ablate import answers as ablate_report
+    from cppo.study.ablate import answers
     from cppo.study.ablate.cost import listing
     from cppo.study.ablate.suite import suites_of
     from cppo.study.status import default_jobs
 
-    options = {
-        "--only": only,
-        "--seeds": seeds,
-        "--rules": rules,
-        "--learning-rates": learning_rates,
-        "--updates": updates,
-        "--targets": targets,
-    }
+    asked = {"--rules": rules, "--learning-rates": learning_rates, "--updates": updates, "--targets": targets}
     at_once = default_jobs() if jobs is None else jobs
     existing = resume or show
     if existing is None:
-        base, suites = _asked(recipe, settings, only, rules, learning_rates, updates, targets)
+        base, suites = _asked(arguments or [], only, asked)
         count = 5 if seeds is None else seeds
         if list_only:
-            console.print(listing(base, suites, count, at_once))
-            return 0
-        return _execute(_new_plan(base, suites, count, jobs, out), at_once, console)
-    given = [*([recipe] if recipe else []), *settings, *(name for name, value in options.items() if value is not None)]
+            Console(highlight=False).print(listing(base, suites, count, at_once))
+        else:
+            _execute(_new_plan(base, suites, count, jobs, out), at_once)
+        return
+    options = {"--only": only, "--seeds": seeds, **asked}
+    given = [*(arguments or []), *(name for name, value in options.items() if value is not None)]
     nothing_else(f"{'--resume' if resume else '--show'} {existing}", given)
     plan = store.load_plan(existing)
     suites_of(plan)
     if show is not None or list_only:
-        console.print(ablate_report.shown(ablate_report.read_all(plan)))
-        return 0
-    return _execute(plan, at_once, console)
+        Console(highlight=False).print(answers.shown(answers.read_all(plan)))
+    else:
+        _execute(plan, at_once)
 
 
-def _asked(
-    recipe: str | None,
-    settings: Sequence[str],
-    only: str | None,
-    rules: str | None,
-    learning_rates: str | None,
-    updates: str | None,
-    targets: str | None,
-) -> tuple[Base, list[Suite]]:
-    """What was typed, resolved."""
+def _asked(arguments: list[str], only: str | None, asked: dict[str, str | None]) -> tuple[Base, list[Suite]]:
+    """What was typed, resolved. asked : by option, numbers and names with commas between."""
     from cppo.config.load import DEFAULT_RECIPE
     from cppo.study.ablate.suite import Options, base_of
     from cppo.study.ablate.suites import SUITES, make_suites
+
+    names = _names("--only", only, SUITES)
+    recipe, settings = split_arguments(arguments)
+    base = base_of(recipe or DEFAULT_RECIPE, settings)
+    rules = _names("--rules", asked["--rules"], base.rules)
+    options = Options(
+        None if rules is None else tuple(rules),
+        _numbers("--learning-rates", asked["--learning-rates"], float),
+        _numbers("--updates", asked["--updates"], int),
+        _numbers("--targets", asked["--targets"], float),
+    )
+    return base, make_suites(base, list(SUITES) if names is None else names, options)
+
+
+def _names(option: str, text: str | None, known: Collection[str]) -> list[str] | None:
+    """Names with commas between, each known and once."""
     from cppo.study.plan import check_names
     from cppo.words import nearest
 
-    names = list(SUITES) if only is None else _words(only)
+    if text is None:
+        return None
+    names = _words(text)
     check_names(names)
     for name in names:
-        if name not in SUITES:
-            raise UserError(f"--only names {name!r}; there are {', '.join(SUITES)}.{nearest(name, SUITES)}")
-    base = base_of(recipe or DEFAULT_RECIPE, settings)
-    labels = None if rules is None else tuple(_words(rules))
-    if labels is not None:
-        check_names(labels)
-    for label in labels or ():
-        if label not in base.rules:
-            raise UserError(f"--rules names {label!r}; there are {', '.join(base.rules)}.{nearest(label, base.rules)}")
-    options = Options(
-        labels,
-        _numbers("--learning-rates", learning_rates, float),
-        _numbers("--updates", updates, int),
-        _numbers("--targets", targets, float),
-    )
-    return base, make_suites(base, names, options)
+        if name not in known:
+            raise UserError(f"{option} names {name!r}; there are {', '.join(known)}.{nearest(name, known)}")
+    return names
 
 
 def _words(text: str) -> list[str]:
@@ -156,11 +154,14 @@ def _new_plan(base: Base, suites: Sequence[Suite], seeds: int, jobs: int | None,
     return store.open_study(plan_of(base, suites, folder, seeds, threads), versions())
 
 
-def _execute(plan: Plan, jobs: int, console: Console) -> int:
-    from cppo.study.ablate import answers as ablate_report
+def _execute(plan: Plan, jobs: int) -> None:
+    """Train what is missing; status 1 if a run failed other than by the NaN guard, which is a result."""
+    from cppo.study.ablate import answers
     from cppo.study.compare import run_all
 
-    reports, errors = run_all(plan, jobs, console, ablate_report.write_all)
-    console.print(ablate_report.shown(reports))
-    console.print(f"Written: {plan.folder / ablate_report.TABLE_FILE}, and a folder a suite beside it", soft_wrap=True)
-    return int(any(not ablate_report.is_result(error) for error in errors.values()))
+    console = Console(highlight=False)
+    reports, errors = run_all(plan, jobs, console, answers.write_all)
+    console.print(answers.shown(reports))
+    console.print(f"Written: {plan.folder / answers.TABLE_FILE}, and a folder per suite beside it", soft_wrap=True)
+    if any(not answers.is_result(error) for error in errors.values()):
+        raise typer.Exit(1)

@@ -13,10 +13,14 @@ import typer
 
 from cppo import __version__
 from cppo.cli import common
+from cppo.cli.ablate import ablate
 from cppo.cli.bound import bound
+from cppo.cli.calibrate import calibrate
+from cppo.cli.compare import compare
+from cppo.cli.inspect import inspect
 from cppo.cli.launch import launch_verl
+from cppo.cli.report import report
 from cppo.cli.rules import list_recipes, rules
-from cppo.cli.study import ablate, calibrate, compare, inspect, report
 from cppo.cli.train import evaluate, train
 
 app = typer.Typer(
@@ -45,19 +49,15 @@ def _program(
     common.debug = debug
 
 
-app.command()(train)
-app.command()(evaluate)
-app.command()(rules)
-app.command(name="recipes")(list_recipes)
-app.command()(bound)
-app.command()(compare)
-app.command()(ablate)
-app.command()(report)
-app.command()(inspect)
-app.command()(calibrate)
+app.command()(common.sentences(train))
+app.command()(common.sentences(evaluate))
+app.command()(common.sentences(rules))
+app.command(name="recipes")(common.sentences(list_recipes))
+for command in (bound, compare, ablate, report, inspect, calibrate):
+    app.command()(common.sentences(command))
 
 launch = typer.Typer(help="Start a run with an engine for clusters.", no_args_is_help=True)
-launch.command(name="verl")(launch_verl)
+launch.command(name="verl")(common.sentences(launch_verl))
 app.add_typer(launch, name="launch")
 
 

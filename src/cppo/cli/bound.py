@@ -13,7 +13,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from cppo import theory
-from cppo.cli.common import sentences
 from cppo.errors import UserError
 from cppo.theory import Constant, ScheduleCost, bounds, coefficients, is_monotone, make_schedule
 
@@ -172,7 +171,6 @@ def certificate_table(run: Path, rows: Sequence[dict[str, Any]]) -> Group:
     return Group(table, *lines)
 
 
-@sentences
 def bound(
     horizon: Annotated[int | None, typer.Option("--horizon", help="T: tokens of the longest response.")] = None,
     delta: Annotated[float, typer.Option("--delta", help="Token limit on the total variation.")] = 0.15,

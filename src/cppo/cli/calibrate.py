@@ -3,62 +3,70 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console, Group
 from rich.markup import escape
 from rich.table import Table
 
-from cppo.cli.inspect import parse_settings
+from cppo.cli.inspect import DumpPath, parse_settings
 from cppo.errors import UserError
-from cppo.rules import CPPO
 
 
-def run(
-    dump: Path,
-    target: float = 0.01,
-    w_min: float = 0.8,
-    budget: str = "adaptive",
-    delta: float | None = None,
-    as_json: bool = False,
-    console: Console | None = None,
-    rules: Sequence[str] = (),
-    settings: Sequence[str] = (),
-    update: str = "last",
+def calibrate(
+    dump: DumpPath,
+    target: Annotated[float, typer.Option("--target", help="Share of the loss tokens to hold back.")] = 0.01,
+    w_min: Annotated[float, typer.Option("--w-min", help="CPPO's smallest weight.")] = 0.8,
+    budget: Annotated[str, typer.Option("--budget", help="CPPO's budget: adaptive or fixed.")] = "adaptive",
+    delta: Annotated[
+        float | None, typer.Option("--delta", help="Translate this limit into other divergences, not the proposed one.")
+    ] = None,
+    rule: Annotated[
+        list[str] | None,
+        typer.Option("--rule", help="Thresholds of this rule instead (can be given several times)."),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="RULE.KEY=VALUE", help="With --rule: a parameter that stays, as cppo.delta_b=0.02."
+        ),
+    ] = None,
+    update: Annotated[str, typer.Option("--update", help="With --rule: last or all.")] = "last",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """The command: read, calibrate, print.
+    """Thresholds from measured divergences: delta and delta_b for a target, and limits that correspond.
 
-    target : masked fraction to aim at. w_min, budget : of CPPO. delta : translate this limit, not the proposed one.
-    rules : thresholds of these rules, instead of CPPO's and of limits that correspond. settings : parameters that stay,
-    "RULE.PARAMETER=VALUE". update : "last" or "all"; "all" with `rules` alone.
+    cppo calibrate dump.jsonl --target 0.02
 
-    Raises
-    ------
-    UserError : anything in the arguments or the dump that the user can put right.
+    cppo calibrate dump.jsonl --rule dppo --rule ppo_clip
     """
+    if budget not in ("adaptive", "fixed"):
+        raise UserError(f"--budget is {budget!r}, expected adaptive or fixed.")
     from cppo.dumps.dump import read_dump
-    from cppo.dumps.propose import calibrate_dump
 
-    if rules:
+    if rule:
         from cppo.dumps.calibrate import propose_rules
 
         if delta is not None:
             raise UserError("--delta translates a limit of CPPO's table: leave --rule out, or set cppo.delta by --set.")
-        given = parse_settings(rules, settings)
+        given = parse_settings(rule, settings or ())
         if "cppo" in given:
             given["cppo"] = {"w_min": w_min, "budget": budget} | given["cppo"]
         report = propose_rules(read_dump(dump), given, target, update)
     elif settings or update != "last":
         raise UserError(f"{'--set' if settings else '--update'} needs --rule: without it the proposal is for CPPO.")
     else:
+        from cppo.dumps.propose import calibrate_dump
+        from cppo.rules import CPPO
+
         report = calibrate_dump(read_dump(dump), target, CPPO(w_min=w_min, budget=budget), delta)
-    console = console or Console(highlight=False)
+    console = Console(highlight=False)
     if as_json:
         console.file.write(json.dumps(report, indent=2, allow_nan=False) + "\n")
     else:
-        console.print(rule_table(report) if rules else tables(report))
+        console.print(rule_table(report) if rule else tables(report))
 
 
 def rule_table(report: Mapping[str, Any]) -> Group:

@@ -1,4 +1,4 @@
-"""`cppo compare` behind the command line: a new study, one to go on with, or one to look at."""
+"""`cppo compare`: a new study, one to go on with, or one to look at."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import dataclasses
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
+import typer
 from rich.console import Console
 
+from cppo.cli.common import Arguments, Jobs, Resume, Seeds, Show, split_arguments
 from cppo.errors import UserError
 
 if TYPE_CHECKING:
@@ -17,60 +19,47 @@ if TYPE_CHECKING:
 
 
 def compare(
-    recipe: str | None,
-    settings: Sequence[str],
-    *,
-    rules: str | None = None,
-    seeds: int | None = None,
-    jobs: int | None = None,
-    out: Path | None = None,
-    resume: Path | None = None,
-    show: Path | None = None,
-    baseline: str | None = None,
-    console: Console | None = None,
-) -> int:
-    """Compare rules on one task; the exit status: 0, or 1 if a run failed.
+    arguments: Arguments = None,
+    rules: Annotated[
+        str | None,
+        typer.Option("--rules", help="Names with commas between (default: the seven of the paper's Table 1)."),
+    ] = None,
+    seeds: Seeds = None,
+    jobs: Jobs = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="The study's folder (default: studies/compare-...).")
+    ] = None,
+    resume: Resume = None,
+    show: Show = None,
+    baseline: Annotated[
+        str | None, typer.Option("--baseline", help="Measure against this rule (default: the best of the others).")
+    ] = None,
+) -> None:
+    """Does it help on my task? Matched runs of several rules and seeds, with intervals.
 
-    Parameters
-    ----------
-    recipe, settings : as of `cppo train`; ``dppo.delta=0.05`` is for one of the rules alone.
-    rules : comma-separated names (default: the seven of the paper's Table 1; `grpo` is ppo_clip with 0.2 / 0.28).
-    seeds : how many (default 5), from the recipe's seed on.
-    jobs : runs at a time (default: half of the cores, or one a GPU).
-    out : folder of the study, new, empty, or that of the same study (default: studies/compare-<recipe>-001 ...).
-    resume : go on with the study in this folder.  show : only print what it has so far, also while it runs.
-    baseline : the rule that all others are measured against (default: for each the best of the others).
+    cppo compare --rules grpo,dppo,cppo --seeds 2 steps=10
 
-    Raises
-    ------
-    UserError : what the user can put right.  KeyboardInterrupt : Ctrl-C; `str()` says how to go on.
+    cppo compare --resume studies/compare-arithmetic-001
     """
-    console = console or Console(highlight=False)
     check_options("compare", resume, show, out, jobs)
-    from cppo.study import store
-
     existing = resume or show
-    if existing is not None:
-        given = [*([recipe] if recipe else []), *settings]
-        given += [f"--{name}" for name, value in (("rules", rules), ("seeds", seeds)) if value is not None]
-        option = "--resume" if resume else "--show"
-        nothing_else(f"{option} {existing}", given)
-        plan = store.load_plan(existing)
-        if plan.kind != "compare":
-            raise UserError(f"{existing} is a study of cppo {plan.kind}: cppo {plan.kind} {option} {existing}.")
-        if baseline is not None:
-            names = [variant.name for variant in plan.variants]
-            if baseline not in names:
-                raise UserError(f"--baseline is {baseline!r}, expected one of {', '.join(names)}.")
-            plan = dataclasses.replace(plan, baseline=baseline)
-        if show is not None:
-            from cppo.study.results import read_results
-            from cppo.study.tables import rich_tables
+    if existing is None:
+        _run(_new_plan(arguments, rules, seeds, jobs, out, baseline), jobs)
+        return
+    given = [
+        *(arguments or []),
+        *(f"--{name}" for name, value in (("rules", rules), ("seeds", seeds)) if value is not None),
+    ]
+    option = "--resume" if resume else "--show"
+    nothing_else(f"{option} {existing}", given)
+    plan = _existing(existing, option, baseline)
+    if show is None:
+        _run(plan, jobs)
+        return
+    from cppo.study.results import read_results
+    from cppo.study.tables import rich_tables
 
-            console.print(rich_tables(read_results(plan)))
-            return 0
-        return _run(plan, jobs, console)
-    return _run(_new_plan(recipe, settings, rules, seeds, jobs, out, baseline), jobs, console)
+    Console(highlight=False).print(rich_tables(read_results(plan)))
 
 
 def check_options(command: str, resume: Path | None, show: Path | None, out: Path | None, jobs: int | None) -> None:
@@ -100,9 +89,23 @@ def nothing_else(option: str, given: Sequence[str]) -> None:
         )
 
 
+def _existing(folder: Path, option: str, baseline: str | None) -> Plan:
+    """The plan of a study that is there, measured against another rule where one is given."""
+    from cppo.study import store
+
+    plan = store.load_plan(folder)
+    if plan.kind != "compare":
+        raise UserError(f"{folder} is a study of cppo {plan.kind}: cppo {plan.kind} {option} {folder}.")
+    if baseline is None:
+        return plan
+    names = [variant.name for variant in plan.variants]
+    if baseline not in names:
+        raise UserError(f"--baseline is {baseline!r}, expected one of {', '.join(names)}.")
+    return dataclasses.replace(plan, baseline=baseline)
+
+
 def _new_plan(
-    recipe: str | None,
-    settings: Sequence[str],
+    arguments: list[str] | None,
     rules: str | None,
     seeds: int | None,
     jobs: int | None,
@@ -111,25 +114,27 @@ def _new_plan(
 ) -> Plan:
     """The plan of what was typed, written into its folder."""
     from cppo.config.load import DEFAULT_RECIPE
+    from cppo.runs.folder import versions
     from cppo.study import store
     from cppo.study.compare import TABLE_1, free_folder, rule_variants
     from cppo.study.plan import make_plan
     from cppo.study.status import cores, default_jobs
 
-    recipe = recipe or DEFAULT_RECIPE
+    typed, settings = split_arguments(arguments or [])
+    recipe = typed or DEFAULT_RECIPE
     names = list(TABLE_1) if rules is None else [name.strip() for name in rules.split(",") if name.strip()]
     common, variants = rule_variants(recipe, settings, names)
     folder = out or free_folder(Path("studies"), f"compare-{Path(recipe).stem}")
     threads = max(1, cores() // (jobs or default_jobs()))
     plan = make_plan("compare", folder, recipe, common, variants, 5 if seeds is None else seeds, threads, baseline)
-    from cppo.runs.folder import versions
-
     return store.open_study(plan, versions())
 
 
-def _run(plan: Plan, jobs: int | None, console: Console) -> int:
+def _run(plan: Plan, jobs: int | None) -> None:
+    """Train what is missing; status 1 if a run failed."""
     from cppo.study.compare import execute
     from cppo.study.status import default_jobs
 
-    _, fine = execute(plan, default_jobs() if jobs is None else jobs, console)
-    return 0 if fine else 1
+    _, fine = execute(plan, default_jobs() if jobs is None else jobs, Console(highlight=False))
+    if not fine:
+        raise typer.Exit(1)

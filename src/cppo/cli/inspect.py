@@ -5,47 +5,57 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from rich.console import Console, Group
 from rich.markup import escape
 from rich.table import Table
 
 from cppo.errors import UserError
-from cppo.rules import RULES, TrustRegion, make_rule
-from cppo.rules.base import rule_class
+
+if TYPE_CHECKING:
+    from cppo.rules import TrustRegion
 
 #: Rows of the table by position.
 SHOWN = 12
 REASONS = ("towards", "token_limit", "prefix_budget", "sequence_limit", "ratio_clip")
 
 
-def run(
-    dump: Path,
-    rules: Sequence[str] = (),
-    settings: Sequence[str] = (),
-    update: str = "last",
-    out: Path | None = None,
-    as_json: bool = False,
-    console: Console | None = None,
+#: The dump of `cppo inspect` and `cppo calibrate`.
+DumpPath = Annotated[
+    Path, typer.Argument(metavar="DUMP", help="A .jsonl or .parquet file, a folder of them, or a run.")
+]
+
+
+def inspect(
+    dump: DumpPath,
+    rule: Annotated[
+        list[str] | None, typer.Option("--rule", help="Only this rule (can be given several times).")
+    ] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="RULE.KEY=VALUE", help="A parameter, such as cppo.delta=0.1.")
+    ] = None,
+    update: Annotated[str, typer.Option("--update", help="last, all, or a number (0: the first of a batch).")] = "last",
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Write figures (PNG, SVG) and inspect.json there.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """The command: read, inspect, draw, print.
+    """What a dump of rollouts shows: divergence by position, what each rule would mask, budgets, the certificate.
 
-    rules : names, none for all. settings : "RULE.PARAMETER=VALUE". update : "last", "all" or a number from 0. out :
-    folder for figures and inspect.json. as_json : print JSON instead of tables.
+    cppo inspect dump.jsonl --out figures
 
-    Raises
-    ------
-    UserError : anything in the arguments or the dump that the user can put right.
+    cppo inspect runs/arithmetic-cppo-001 --rule cppo --rule dppo --set cppo.delta=0.05
     """
     from cppo.dumps.dump import read_dump
     from cppo.dumps.inspect import inspect_dump
 
-    judges = chosen_rules(rules, settings)
+    judges = chosen_rules(rule or (), settings or ())
     if update not in ("last", "all") and not update.isdigit():
         raise UserError(f"--update is {update!r}, expected last, all or a number (0: the first update).")
     report = inspect_dump(read_dump(dump), judges, int(update) if update.isdigit() else update)
-    console = console or Console(highlight=False)
+    console = Console(highlight=False)
     if as_json:
         console.file.write(json.dumps(report, indent=2, allow_nan=False) + "\n")
     else:
@@ -66,6 +76,8 @@ def chosen_rules(names: Sequence[str], settings: Sequence[str]) -> list[TrustReg
     ------
     ValueError : an unknown rule or parameter, a setting of a rule that is not shown, or not of that form.
     """
+    from cppo.rules import RULES, make_rule
+
     parameters = parse_settings(list(names) or list(RULES), settings)
     return [make_rule(name, **given) for name, given in parameters.items()]
 
@@ -77,6 +89,8 @@ def parse_settings(names: Sequence[str], settings: Sequence[str]) -> dict[str, d
     ------
     ValueError : a setting of a rule that is unknown or not among the names, or not of that form.
     """
+    from cppo.rules.base import rule_class
+
     parameters: dict[str, dict[str, Any]] = {name: {} for name in names}
     for setting in settings:
         key, equals, text = setting.partition("=")

@@ -13,7 +13,6 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from cppo.cli.common import sentences
 from cppo.errors import UserError
 
 
@@ -25,7 +24,6 @@ def _silence() -> Iterator[None]:
         yield
 
 
-@sentences
 def launch_verl(
     settings: Annotated[
         list[str] | None,

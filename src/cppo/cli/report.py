@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.util
 import webbrowser
 from pathlib import Path
+from typing import Annotated
 
+import typer
 from rich.console import Console
 
 from cppo.errors import UserError
@@ -16,30 +18,24 @@ REPORT_FILE = "report.html"
 NEEDED = {"jinja2": "the page", "scipy": "intervals over seeds"}
 
 
-def run(
-    source: Path,
-    out: Path | None = None,
-    open_page: bool = False,
-    figures: Path | None = None,
-    console: Console | None = None,
-) -> Path:
-    """The command; returns the path of the page.
+def report(
+    source: Annotated[Path, typer.Argument(metavar="RUN|STUDY", help="A run, a study, or a dump of `cppo inspect`.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="The HTML file (default: report.html in the folder).")
+    ] = None,
+    open_page: Annotated[bool, typer.Option("--open", help="Show it in the browser.")] = False,
+    figures: Annotated[
+        Path | None, typer.Option("--figures", metavar="DIR", help="Write the figures there, too, as PNG and SVG.")
+    ] = None,
+) -> None:
+    """One HTML file about a run or a study: curves, tables, and every token under every rule.
 
-    Parameters
-    ----------
-    source : folder of a run or a study, as far as they have come; or a dump of `cppo inspect`.
-    out : the HTML file (default: report.html in the folder; of a dump that is a file: beside it, by its name).
-    open_page : show it in the browser. figures : folder for the figures as PNG and SVG.
-
-    Raises
-    ------
-    UserError : `source` is nothing of the kind, `out` is a folder, or a package is missing.
+    cppo report studies/compare-arithmetic-001 --open
     """
-    console = console or Console(highlight=False)
     for package, purpose in NEEDED.items():
         if importlib.util.find_spec(package) is None:
             raise UserError(f"cppo report needs {package} for {purpose}: pip install 'cppo[study]'.")
-    target = out or _default(source)
+    target = out or default_page(source)
     if target.is_dir():
         raise UserError(f"--out {target} is a folder; give the name of a file, such as {target / REPORT_FILE}.")
     if figures is not None and figures.is_file():
@@ -49,23 +45,24 @@ def run(
     from cppo.report.source import open_source
 
     found = open_source(source)
-    report = build(found)
-    path = atomic_write_text(target, render(report))
+    built = build(found)
+    path = atomic_write_text(target, render(built))
+    console = Console(highlight=False)
     for mark in found.marks:
         console.print(f"Note: {mark}", markup=False, soft_wrap=True)
     size = path.stat().st_size / 1e6
     console.print(
-        f"Written: {path} ({size:.1f} MB, {len(report.tokens.responses)} responses)", markup=False, soft_wrap=True
+        f"Written: {path} ({size:.1f} MB, {len(built.tokens.responses)} responses)", markup=False, soft_wrap=True
     )
     if figures is not None:
         from cppo.report.figures import write_figures
 
-        paths = write_figures(report, figures)
+        paths = write_figures(built, figures)
         console.print(f"Written to {figures}: {len(paths)} files, PNG and SVG", markup=False, soft_wrap=True)
     if open_page and not webbrowser.open(path.resolve().as_uri()):
         console.print("There is no browser to open it in.")
-    return path
 
 
-def _default(source: Path) -> Path:
+def default_page(source: Path) -> Path:
+    """In the folder; of a dump that is a file beside it, by its name."""
     return source.parent / f"{source.stem}-{REPORT_FILE}" if source.is_file() else source / REPORT_FILE

@@ -11,10 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cppo.cli.common import sentences
 
-
-@sentences
 def rules(
     name: Annotated[str | None, typer.Argument(help="One rule: its formula and parameters.")] = None,
 ) -> None:
@@ -45,7 +42,6 @@ def _parameters(rule: Any) -> str:
     return ", ".join(f"{field.name}={shown(field.default)}" for field in dataclasses.fields(rule))
 
 
-@sentences
 def list_recipes() -> None:
     """The shipped recipes, with their first comment line and their file."""
     from cppo.config.load import recipes

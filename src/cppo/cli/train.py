@@ -12,11 +12,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cppo.cli.common import sentences, split_arguments
+from cppo.cli.common import split_arguments
 from cppo.errors import UserError
 
 
-@sentences
 def train(
     arguments: Annotated[
         list[str] | None,
@@ -69,7 +68,6 @@ def _runs_nearby(folder: Path) -> str:
     return f" The newest run there is {newest}." if newest else ""
 
 
-@sentences
 def evaluate(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="A run, a model folder (such as RUN/best/step-000030) or a hub id.")

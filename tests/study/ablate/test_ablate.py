@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
-from cppo.cli.ablate import run as ablate
+from cppo.cli.ablate import ablate
 from cppo.config.load import load_config
 from cppo.errors import UserError
 from cppo.study.ablate.cost import work
@@ -17,6 +15,7 @@ from cppo.study.ablate.suites import SUITES, THRESHOLDS, make_suites
 from cppo.study.compare import TABLE_1
 from cppo.study.results import read_results
 from cppo.study.store import load_plan, open_study
+from said import said
 from study.planned import plan_of
 
 from .ablated import study
@@ -205,7 +204,7 @@ def test_names_that_two_suites_want():
 def test_mistakes_are_sentences(tmp_path, monkeypatch, settings, arguments, says):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=says):
-        ablate(None, settings, **arguments)
+        ablate(settings, **arguments)
     assert not list(tmp_path.iterdir())
 
 
@@ -213,17 +212,15 @@ def test_another_kind_of_study_is_refused(tmp_path):
     folder = tmp_path / "s"
     open_study(plan_of(folder), {})
     with pytest.raises(UserError, match="holds a study of `cppo compare`, not of `cppo ablate`"):
-        ablate(None, [], show=folder)
+        ablate(show=folder)
     with pytest.raises(UserError, match="holds another study: its kind is compare"):
-        ablate(None, ["steps=3"], only="shapes", seeds=2, out=folder)
+        ablate(["steps=3"], only="shapes", seeds=2, out=folder)
 
 
 def test_list_runs_nothing_and_counts_what_would_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    console = Console(file=io.StringIO(), width=200)
-    status = ablate(None, ["steps=10"], only="mechanisms,shapes", seeds=3, jobs=1, list_only=True, console=console)
-    text = console.file.getvalue()
-    assert status == 0 and not list(tmp_path.iterdir())
+    text = said(ablate, ["steps=10"], only="mechanisms,shapes", seeds=3, jobs=1, list_only=True)
+    assert not list(tmp_path.iterdir())
     assert "In all 42 runs and 3 warm-ups" in text  # 10, and 4 of the 6 shapes
     rows = {line.split("│")[1].strip(): line for line in text.splitlines() if line.count("│") > 4}
     assert [cell.strip() for cell in rows["shapes"].split("│")[3:6]] == ["6", "4", "12"]

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import random
 from types import SimpleNamespace
 
 import pytest
 import torch
-from rich.console import Console
 
-from cppo.cli.ablate import run as ablate
+from cppo.cli.ablate import ablate
 from cppo.study.ablate import answers as ablate_report
 from cppo.study.ablate.frontier import diverged, outcome, read_frontier
 from cppo.study.ablate.suite import Entry, Suite
 from cppo.study.ablate.tables import frontier as tables
 from cppo.study.results import RunRecord
 from cppo.training.callbacks import NonFiniteError, NonFiniteGuard
+from said import said
 
 from .ablated import fail, study, write_run
 
@@ -159,9 +158,7 @@ def test_a_study_with_a_diverged_run(tmp_path):
         if run.name not in gone:
             write_run(plan, run, 0.4 + 0.1 * run.seed)
     fail(plan, gone)
-    console = Console(file=io.StringIO(), width=160)
-    assert ablate(None, [], show=plan.folder, console=console) == 0
-    text = " ".join(console.file.getvalue().split())
+    text = " ".join(said(ablate, show=plan.folder, width=160).split())
     assert "grpo │ 0.0002 │ 0.0001" in text.replace(">= ", "") and "A run that diverged" in text
     (report,) = ablate_report.write_all(plan)
     grpo, cppo = report.data["maps"]
