@@ -24,7 +24,7 @@ train: setup  ## train a small language model with CPPO (about 5 minutes on two 
 	$(BIN)/cppo train $(ARGS)
 
 test: setup  ## the test suite; with verl's tensor and engine tests where `make setup-verl` has been run
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 	@if [ -e $(VENV)-verl/.installed ]; then $(MAKE) --no-print-directory test-verl-quick; \
 	else echo "verl's tests were left out: make setup-verl installs it beside .venv"; fi
 

@@ -35,10 +35,16 @@ HERE = Path(__file__).resolve().parent
 #: What `cppo train` imports, sooner or later.
 MODULES = ("cppo.training.run", "torch.distributed.run", "matplotlib.pyplot", "tokenizers", "datasets")
 
+#: What is read at the start of a process or of a library. A hash seed of its own makes a new interpreter.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONHASHSEED": "0"}
+
 
 @functools.cache
-def python() -> str:
-    """In place of `sys.executable`; the process behind it starts with the first call and ends with this process."""
+def python(*modules: str) -> str:
+    """In place of `sys.executable`; the process behind it starts with the first call and ends with this process.
+
+    modules : what it imports, by default what `cppo train` does.
+    """
     folder = Path(tempfile.mkdtemp(prefix="forks"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     client = (HERE / "forked_python.py").read_text(encoding="utf-8").partition("\n")[2]
@@ -46,8 +52,8 @@ def python() -> str:
     (folder / "python").chmod(0o755)
     path = os.pathsep.join([str(HERE), *filter(None, sys.path)])
     server = subprocess.Popen(
-        [sys.executable, "-m", "forks", str(folder / "socket"), *MODULES],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": path},
+        [sys.executable, "-m", "forks", str(folder / "socket"), *(modules or MODULES)],
+        env={**os.environ, **ENVIRONMENT, "PYTHONPATH": path},
         stdin=subprocess.PIPE,  # its end is our end
     )
     until = time.monotonic() + 120
@@ -117,12 +123,14 @@ def become(
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
         os.close(stream)
+    hash_seed = os.environ.get("PYTHONHASHSEED")
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
     while arguments[0] == "-u":
         arguments = arguments[1:]
-    if arguments[0] != "-m" and arguments[0].startswith("-"):
+    option = arguments[0] != "-m" and arguments[0].startswith("-")
+    if option or environment.get("PYTHONHASHSEED", hash_seed) != hash_seed:
         os.execv(sys.executable, [sys.executable, *arguments])
     sys.executable = executable or sys.executable
     added = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path and path not in sys.path]

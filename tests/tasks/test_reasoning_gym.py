@@ -9,10 +9,19 @@ import pytest
 
 from cppo.tasks import Task, make_task
 from cppo.tasks.extract import final_answer
+from forks import python
+
+
+@pytest.fixture(scope="module", autouse=True)
+def hosts():
+    """Scoring processes are forks of one that has imported reasoning_gym, which takes two seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "executable", python("reasoning_gym"))
+        yield
 
 
 @pytest.fixture(scope="module")
-def chain_sum():
+def chain_sum(hosts):
     task = make_task("reasoning_gym:chain_sum", validation_count=20)
     yield task
     task.close()
