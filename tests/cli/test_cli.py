@@ -201,11 +201,11 @@ def test_inspect_and_calibrate_a_dump(invoke):
     report = json.loads(invoke("inspect", "dump.jsonl", "--json").stdout)
     assert set(report["rules"]) == set(cppo.RULES) and report["dump"]["loss_tokens"] == 480
     found = json.loads(invoke("calibrate", "dump.jsonl", "--target", "0.1", "--json").stdout)
-    assert found["divergence"] == "binary_tv" and set(found["limits"]) == {"binary_tv", "binary_kl"}
-    assert 0 < found["proposal"]["masked"] <= 0.1
-    dppo = json.loads(
-        invoke("inspect", "dump.jsonl", "--rule", "dppo", "--set", f"dppo.delta={found['dppo_delta']}", "--json").stdout
-    )
+    translation, rules = found["translation"], found["rules"]
+    assert translation["divergence"] == "binary_tv" and set(translation["limits"]) == {"binary_tv", "binary_kl"}
+    assert rules["cppo"]["share"] == pytest.approx(0.1, abs=2 / 480)
+    given = f"dppo.delta={rules['dppo']['thresholds']['delta']}"
+    dppo = json.loads(invoke("inspect", "dump.jsonl", "--rule", "dppo", "--set", given, "--json").stdout)
     assert dppo["rules"]["dppo"]["masked"] == pytest.approx(48 / 480)
     shown = invoke("calibrate", "dump.jsonl", "--target", "0.1").stdout
     assert "Limits that drop as much as binary_tv" in shown and "eps_high" in shown
