@@ -22,6 +22,7 @@ from cppo import files
 from cppo.config import yaml_io
 from cppo.runs.positions import rounded
 from cppo.runs.records import read_metrics
+from cppo.show.tables import Cells
 from cppo.study import tables
 from cppo.study.ablate import figures as ablate_figures
 from cppo.study.ablate import tables as ablate_tables
@@ -93,7 +94,7 @@ def updates_table() -> str:
         for row in found
         if row["update"] in (2, 3, 6, 10, 16, 17, 18)
     ]
-    return tables.pipes(tables.Cells("", ("run", "update", *UPDATE), tuple(rows)))
+    return Cells("", ("run", "update", *UPDATE), rows).markdown()
 
 
 def _shorter(value: Any) -> Any:
@@ -135,7 +136,7 @@ def all_tables() -> dict[str, str]:
     found["rules"] = "\n".join(f"- {variant.name}: `{variant.rule}`" for variant in load(NAMES[0]).variants)
     found["updates"] = updates_table()
     found[FRONTIER] = "\n\n".join(
-        f"{cells.title}:\n\n{tables.pipes(cells)}" for cells in ablate_tables.frontier(load_frontier())
+        f"{cells.title}:\n\n{cells.markdown()}" for cells in ablate_tables.frontier(load_frontier())
     )
     return found
 
@@ -143,7 +144,7 @@ def all_tables() -> dict[str, str]:
 def study_tables(name: str) -> dict[str, str]:
     """The same, of one study."""
     results = load(name, SUBJECT)
-    found = {f"{name}-scores": tables.pipes(tables.cells(load(name))[0])}
+    found = {f"{name}-scores": tables.cells(load(name))[0].markdown()}
     columns = ("", "best", "final", f"P({SUBJECT} better), final", "collapsed", "masked")
     rows = []
     for variant in results.variants:
@@ -154,7 +155,7 @@ def study_tables(name: str) -> dict[str, str]:
         else:
             better = _better(results, SUBJECT, variant.name)
             rows.append((variant.name, _less(variant.difference), _less(variant.final_difference), better, *end))
-    found[f"{name}-differences"] = tables.pipes(tables.Cells("", columns, tuple(rows)))
+    found[f"{name}-differences"] = Cells("", columns, tuple(rows)).markdown()
     found[f"{name}-seeds"] = _by_seed(results)
     return found
 
@@ -166,7 +167,7 @@ def _by_seed(results: Results) -> str:
     final = {(record.variant, record.seed): record.final[MEAN] for record in results.records}
     rows = [("before training", *(f"{100 * start[seed]:.1f}" for seed in seeds))]
     rows += [(v.name, *(f"{100 * final[v.name, seed]:.1f}" for seed in seeds)) for v in results.variants]
-    return tables.pipes(tables.Cells("", ("", *(f"seed {seed}" for seed in seeds)), tuple(rows)))
+    return Cells("", ("", *(f"seed {seed}" for seed in seeds)), tuple(rows)).markdown()
 
 
 def _less(estimate: Estimate | None) -> str:

@@ -10,10 +10,10 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console, Group
 from rich.markup import escape
-from rich.table import Table
 
 from cppo import theory
 from cppo.errors import UserError
+from cppo.show.tables import Cells
 from cppo.theory import Constant, ScheduleCost, bounds, coefficients, is_monotone, make_schedule
 
 #: Rows of a run's table; longer runs are shown at evenly spaced steps.
@@ -53,42 +53,44 @@ def constants_table(
 ) -> Group:
     """The same for people."""
     reference = _uniform(settings)
-    table = Table(title=f"Bounds of |Delta| = |surrogate - gain|, T = {settings['horizon']}", title_justify="left")
-    table.add_column("rule", no_wrap=True)
-    table.add_column("statement", overflow="fold")
-    table.add_column("holds where, on every rollout", overflow="fold")
-    table.add_column("bound", justify="right", no_wrap=True)
-    table.add_column("/ uniform", justify="right", no_wrap=True)
-    for row in rows:
-        ratio = _ratio(row.bound, reference)
-        table.add_row(
+    lines = [
+        (
             row.rule,
-            escape(row.statement),
-            escape(row.condition if row.bound is not None else row.remark.partition(":")[0]),
+            row.statement,
+            row.condition if row.bound is not None else row.remark.partition(":")[0],
             _number(row.bound),
-            "-" if ratio is None else f"{ratio:.4g}",
+            _number(_ratio(row.bound, reference)),
         )
-    checks = Table(title="Conditions", title_justify="left", show_header=False)
-    for text, holds in found:
-        checks.add_row(escape(text), "[green]holds[/]" if holds else "[red]does not hold[/]")
+        for row in rows
+    ]
+    tables = [
+        Cells(
+            f"Bounds of |Delta| = |surrogate - gain|, T = {settings['horizon']}",
+            ("rule", "statement", "holds where, on every rollout", "bound", "/ uniform"),
+            lines,
+            text=3,
+        ),
+        Cells("Conditions", ("", ""), [(text, "holds" if holds else "does not hold") for text, holds in found], text=2),
+    ]
+    if costs:
+        tables.append(_schedules(costs))
     xi = settings["xi"]
     note = (
         f"In units of the reward, whose range is {2 * xi:g} (xi = {xi:g}): a gain cannot be larger than that, so a "
         "larger bound guarantees nothing by itself. What the constants compare is how they grow. A bound holds for the "
         "policies that satisfy its condition; a mask does not force them to (docs/theory.md)."
     )
-    return Group(table, checks, *([_schedules(costs)] if costs else []), note)
+    return Group(*(table.rich() for table in tables), escape(note))
 
 
-def _schedules(costs: Sequence[ScheduleCost]) -> Table:
-    table = Table(title="Schedules at these thresholds (largest weight 1)", title_justify="left")
-    for name in ("schedule", "Theorem 1", "tightest", "rule (8)", "product", "D_1 at most", "D_T at most", "room"):
-        table.add_column(name, justify="left" if name == "schedule" else "right")
+def _schedules(costs: Sequence[ScheduleCost]) -> Cells:
+    columns = ("schedule", "Theorem 1", "tightest", "rule (8)", "product", "D_1 at most", "D_T at most", "room")
+    rows = []
     for cost in costs:
         figures = (cost.theorem, cost.tightest, cost.tightest_rule, cost.tightest_product)
         limits = (f"{cost.first:.4g}", f"{cost.last:.4g}", f"{cost.room:.4f}")
-        table.add_row(cost.name, *map(_number, figures), *limits)
-    return table
+        rows.append((cost.name, *map(_number, figures), *limits))
+    return Cells("Schedules at these thresholds (largest weight 1)", columns, rows)
 
 
 def _uniform(settings: dict[str, Any]) -> float:
@@ -127,8 +129,7 @@ def certificates_of(run: Path) -> list[dict[str, Any]]:
 
 def certificate_table(run: Path, rows: Sequence[dict[str, Any]]) -> Group:
     """Gain of the surrogate and bounds of its error, by step."""
-    table = Table(title=escape(f"{run}: what the surrogate promises, and how far it can be off"), title_justify="left")
-    for name in (
+    columns = (
         "step",
         "responses",
         "T",
@@ -138,8 +139,7 @@ def certificate_table(run: Path, rows: Sequence[dict[str, Any]]) -> Group:
         "pathwise",
         "product form",
         "Prop. 4",
-    ):
-        table.add_column(name, justify="right")
+    )
     span = max(1, -(-len(rows) // SHOWN))
     shown = [row for at, row in enumerate(rows) if at % span == 0 or at == len(rows) - 1]
 
@@ -149,9 +149,12 @@ def certificate_table(run: Path, rows: Sequence[dict[str, Any]]) -> Group:
             return "-"
         return f"{value:.2g} [{low:.2g}, {high:.2g}]"
 
-    for row in shown:
-        cells = [cell(row, name) for name in ("surrogate", "ratios", "improvement", "pathwise", "product", "prop4")]
-        table.add_row(str(row["step"]), str(row["responses"]), str(row["horizon"]), *map(escape, cells))
+    names = ("surrogate", "ratios", "improvement", "pathwise", "product", "prop4")
+    cells = [
+        (str(row["step"]), str(row["responses"]), str(row["horizon"]), *(cell(row, name) for name in names))
+        for row in shown
+    ]
+    table = Cells(f"{run}: what the surrogate promises, and how far it can be off", columns, cells, text=0)
     last = rows[-1]
     certain = sum(1 for row in rows if (row.get("improvement_low") or 0) > 0)
     kind = last["divergence"]
@@ -168,13 +171,13 @@ def certificate_table(run: Path, rows: Sequence[dict[str, Any]]) -> Group:
             f"The last three are of D_t = {kind}, a lower bound of the exact divergence, and so no certificates "
             "(divergence=exact_tv or topk_tv_upper gives those). The bound from ratios needs no divergence."
         )
-    return Group(table, *lines)
+    return Group(table.rich(), *map(escape, lines))
 
 
 def bound(
     horizon: Annotated[int | None, typer.Option("--horizon", help="T: tokens of the longest response.")] = None,
     delta: Annotated[float, typer.Option("--delta", help="Token limit on the total variation.")] = 0.15,
-    delta_b: Annotated[float, typer.Option("--delta-b", help="Prefix budget a token.")] = 0.02,
+    delta_b: Annotated[float, typer.Option("--delta-b", help="Prefix budget per token.")] = 0.02,
     w_min: Annotated[float, typer.Option("--w-min", help="The smallest weight.")] = 0.8,
     schedule: Annotated[
         str, typer.Option("--schedule", help="linear, constant, cosine, reversed or matched.")

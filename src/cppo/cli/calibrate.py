@@ -9,10 +9,10 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console, Group
 from rich.markup import escape
-from rich.table import Table
 
 from cppo.cli.inspect import DumpPath, parse_settings
 from cppo.errors import UserError
+from cppo.show.tables import Cells
 
 
 def calibrate(
@@ -60,38 +60,36 @@ def calibrate(
 
 def tables(report: Mapping[str, Any]) -> Group:
     """The report for people."""
-    table = Table()
-    for column in ("rule", "thresholds", "held back", "of these", "D_t"):
-        table.add_column(column, justify="right" if column == "held back" else "left", overflow="fold")
-    notes = []
+    rows, notes = [], []
     for name, entry in report["rules"].items():
+        rows.append((name, *_found(name, entry), entry["divergence"] or "-"))
         if entry["problem"]:
             notes.append(entry["problem"])
-            table.add_row(name, "-", "-", "-", escape(entry["divergence"] or "-"))
-            continue
-        thresholds = " ".join(f"{key}={value:.4g}" for key, value in entry["thresholds"].items())
-        given = " ".join(f"{key}={value}" for key, value in entry["given"].items())
-        what = f"{entry['share']:.2%}{' clamped' if name in ('cispo', 'minpro') else ''}"
-        parts = ", ".join(f"{reason.replace('_', ' ')} {share:.2%}" for reason, share in entry["reasons"].items())
-        shown = escape(thresholds) + (f" [dim]{escape(given)}[/]" if given else "")
-        parts = parts if len(entry["reasons"]) > 1 else "-"
-        table.add_row(name, shown, what, parts, escape(entry["divergence"] or "-"))
-        if "delta_b" in entry["thresholds"] and "prefix_budget" not in entry["reasons"]:
+        elif "delta_b" in entry["thresholds"] and "prefix_budget" not in entry["reasons"]:
             notes.append("the prefix budget holds nothing back: the responses are too short, or too close to mu.")
-    head = f"Thresholds for {report['target']:.3g} of the tokens ({escape(report['dump'])})"
+    title = f"Thresholds for {report['target']:.3g} of the tokens ({report['dump']})"
+    found = [Cells(title, ("rule", "thresholds", "given", "held back", "of these", "D_t"), rows, text=6)]
+    if report["translation"] is not None:
+        found.append(_translation(report["translation"]))
     seen = f"From {report['responses']:,} responses with {report['loss_tokens']:,} loss tokens, "
     seen += "seen at the last update of each step." if report["update"] == "last" else "all updates."
-    translation = [] if report["translation"] is None else _translation(report["translation"])
     said = (f"[bold]Note:[/] {escape(note)}" for note in (*notes, *report["notes"]))
-    return Group(head, table, *translation, seen, *said)
+    return Group(*(table.rich() for table in found), seen, *said)
 
 
-def _translation(found: Mapping[str, Any]) -> list[Any]:
-    limits = Table()
-    limits.add_column("divergence")
-    limits.add_column("limit", justify="right")
-    for kind, limit in found["limits"].items():
-        limits.add_row(escape(kind), f"{limit:.3g}")
-    for side, value in found["clip"].items():
-        limits.add_row(f"ratio clip: {side}", "-" if value is None else f"{value:.3g}")
-    return [f"Limits that drop as much as {escape(found['divergence'])} > {found['delta']:.3g}", limits]
+def _found(name: str, entry: Mapping[str, Any]) -> tuple[str, ...]:
+    """Of a rule: thresholds, what was given, the share held back, the same by reason."""
+    given = " ".join(f"{key}={value}" for key, value in entry["given"].items()) or "-"
+    if entry["problem"]:
+        return "-", given, "-", "-"
+    thresholds = " ".join(f"{key}={value:.4g}" for key, value in entry["thresholds"].items())
+    share = f"{entry['share']:.2%}{' clamped' if name in ('cispo', 'minpro') else ''}"
+    reasons = [f"{reason.replace('_', ' ')} {part:.2%}" for reason, part in entry["reasons"].items()]
+    return thresholds, given, share, ", ".join(reasons) if len(reasons) > 1 else "-"
+
+
+def _translation(found: Mapping[str, Any]) -> Cells:
+    rows = [(kind, f"{limit:.3g}") for kind, limit in found["limits"].items()]
+    rows += [(f"ratio clip: {side}", "-" if value is None else f"{value:.3g}") for side, value in found["clip"].items()]
+    title = f"Limits that drop as much as {found['divergence']} > {found['delta']:.3g}"
+    return Cells(title, ("divergence", "limit"), rows)

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console, Group
 from rich.markup import escape
-from rich.table import Table
 
 from cppo.errors import UserError
+from cppo.show.tables import Cells
 
 if TYPE_CHECKING:
     from cppo.rules import TrustRegion
@@ -117,7 +117,7 @@ def _value(text: str) -> Any:
 
 def tables(report: Mapping[str, Any]) -> Group:
     """The report for people."""
-    parts = [_about(report), _positions(report)]
+    parts = [Cells(report["dump"]["path"], ("", ""), _about(report), text=2), _positions(report)]
     if report["rules"]:
         parts.append(_rules(report))
     if len(report["disagreement"]["rules"]) > 1:
@@ -126,12 +126,11 @@ def tables(report: Mapping[str, Any]) -> Group:
         parts.append(_budget(report["budget"]))
     if report["certificate"] is not None:
         parts.append(_certificate(report["certificate"]))
-    return Group(*parts, *(f"[bold]Note:[/] {escape(note)}" for note in report["notes"]))
+    return Group(*(table.rich() for table in parts), *(f"[bold]Note:[/] {escape(note)}" for note in report["notes"]))
 
 
-def _about(report: Mapping[str, Any]) -> Table:
+def _about(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     dump, mismatch, D = report["dump"], report["mismatch"], report["divergence"]
-    table = Table(title=escape(dump["path"]), title_justify="left", show_header=False)
     seen = f"{dump['responses']:,}"
     if dump["groups"] is not None:
         seen += f" to {dump['groups']:,} prompts"
@@ -140,27 +139,24 @@ def _about(report: Mapping[str, Any]) -> Table:
         seen += f", step {first}" if first == last else f", steps {first}-{last}"
     if dump["update"] is not None:
         seen += f", update {dump['update']}"
-    table.add_row("responses", seen)
+    rows = [("responses", seen)]
     left = [(dump["at_other_updates"], "at other updates"), (dump["without_loss_tokens"], "without a loss token")]
     if any(count for count, _ in left):
-        table.add_row("left out", ", ".join(f"{count:,} {what}" for count, what in left if count))
-    lengths = f"{dump['loss_tokens']:,}; {dump['mean_length']:.4g} a response, {dump['longest']:,} at most"
-    table.add_row("loss tokens", lengths)
+        rows.append(("left out", ", ".join(f"{count:,} {what}" for count, what in left if count)))
+    lengths = f"{dump['loss_tokens']:,}; {dump['mean_length']:.4g} per response, {dump['longest']:,} at most"
+    rows.append(("loss tokens", lengths))
     if dump["reward"] is not None:
-        table.add_row("mean reward", f"{dump['reward']:.4g}")
+        rows.append(("mean reward", f"{dump['reward']:.4g}"))
     spread = ", ".join(f"{name} {D[name]:.4g}" for name in ("mean", "p50", "p90", "p99", "max"))
-    table.add_row("divergence D_t", f"{escape(D['name'])}: {spread}")
-    floor = f"|log ratio| {mismatch['abs_log_ratio']:.3g}, {escape(mismatch['name'])} {mismatch['divergence']:.3g}"
-    table.add_row("mismatch floor", f"{floor}: {mismatch['source']}")
-    return table
+    floor = f"|log ratio| {mismatch['abs_log_ratio']:.3g}, {mismatch['name']} {mismatch['divergence']:.3g}"
+    return [*rows, ("divergence D_t", f"{D['name']}: {spread}"), ("mismatch floor", f"{floor}: {mismatch['source']}")]
 
 
-def _positions(report: Mapping[str, Any]) -> Table:
+def _positions(report: Mapping[str, Any]) -> Cells:
     D = report["divergence"]["by_position"]
     budget = report["budget"] and report["budget"]["share_by_position"]
-    table = Table(title=f"By position: {escape(report['divergence']['name'])}", title_justify="left")
-    for name in ("position", "tokens", "mean D", "top 10%", *(("budget spent", "top 10%") if budget else ())):
-        table.add_column(name, justify="right")
+    columns = ("position", "tokens", "mean D", "top 10%", *(("budget spent", "top 10%") if budget else ()))
+    rows = []
     span = -(-len(D["count"]) // SHOWN)
     for start in range(0, len(D["count"]), span):
         stop = min(start + span, len(D["count"]))
@@ -176,56 +172,46 @@ def _positions(report: Mapping[str, Any]) -> Table:
         if budget:
             cells += [f"{mean(budget, name):.1%}" for name in ("mean", "tail_mean")]
         last = min(stop * D["width"], report["dump"]["longest"])
-        table.add_row(f"{start * D['width'] + 1}-{last}", f"{count:,}", *cells)
-    return table
+        rows.append((f"{start * D['width'] + 1}-{last}", f"{count:,}", *cells))
+    return Cells(f"By position: {report['divergence']['name']}", columns, rows, text=0)
 
 
-def _rules(report: Mapping[str, Any]) -> Table:
-    table = Table(title="What each rule would do (shares of the loss tokens)", title_justify="left")
-    table.add_column("rule", no_wrap=True)
-    table.add_column("D_t", overflow="fold")
-    for name in ("masked", *(reason.replace("_", " ") for reason in REASONS), "responses hit"):
-        table.add_column(name, justify="right")
+def _rules(report: Mapping[str, Any]) -> Cells:
+    columns = ("rule", "D_t", "masked", *(reason.replace("_", " ") for reason in REASONS), "responses hit")
+    rows = []
     for name, row in report["rules"].items():
         shares = [row["masked"], *(row["reasons"][reason] for reason in REASONS), row["responses_with_masked"]]
-        table.add_row(name, escape(row["divergence"] or "-"), *(f"{share:.2%}" if share else "-" for share in shares))
-    table.caption = (
+        rows.append((name, row["divergence"] or "-", *(f"{share:.2%}" if share else "-" for share in shares)))
+    caption = (
         "masked: coefficient 0; cispo and minpro clamp the weight instead (ratio clip). "
         "towards: over a limit, but kept, since it moves back to mu."
     )
-    table.caption_justify = "left"
-    return table
+    return Cells("What each rule would do (shares of the loss tokens)", columns, rows, text=2, caption=caption)
 
 
-def _disagreement(found: Mapping[str, Any]) -> Table:
-    table = Table(title="Tokens that one rule keeps and the other drops", title_justify="left")
-    table.add_column("", no_wrap=True)
-    for name in found["rules"][:-1]:
-        table.add_column(name, justify="right")
-    for at, (name, shares) in enumerate(zip(found["rules"], found["share"], strict=True)):
-        if at:
-            table.add_row(name, *(f"{share:.1%}" if share else "-" for share in shares[:at]))
-    return table
+def _disagreement(found: Mapping[str, Any]) -> Cells:
+    others = len(found["rules"]) - 1
+    rows = [
+        (name, *(f"{share:.1%}" if share else "-" for share in shares[:at]), *[""] * (others - at))
+        for at, (name, shares) in enumerate(zip(found["rules"], found["share"], strict=True))
+        if at
+    ]
+    return Cells("Tokens that one rule keeps and the other drops", ("", *found["rules"][:-1]), rows)
 
 
-def _budget(found: Mapping[str, Any]) -> Table:
-    table = Table(title="CPPO's prefix budget", title_justify="left", show_header=False)
+def _budget(found: Mapping[str, Any]) -> Cells:
+    rows = []
     for name, label in (("delta_b", "delta_b in use"), ("budget_used", "spent at the end of a response")):
         spread = ", ".join(f"{key} {found[name][key]:.4g}" for key in ("mean", "p50", "p90", "max"))
-        table.add_row(label, spread)
-    table.add_row(
-        "delta_b at its minimum, maximum", f"{found['at_minimum']:.1%}, {found['at_maximum']:.1%} of responses"
-    )
-    table.add_row("overdrawn", f"{found['overdrawn']:.1%} of responses")
-    return table
+        rows.append((label, spread))
+    ends = f"{found['at_minimum']:.1%}, {found['at_maximum']:.1%} of responses"
+    rows += [("delta_b at its minimum, maximum", ends), ("overdrawn", f"{found['overdrawn']:.1%} of responses")]
+    return Cells("CPPO's prefix budget", ("", ""), rows, text=2)
 
 
-def _certificate(row: Mapping[str, Any]) -> Table:
+def _certificate(row: Mapping[str, Any]) -> Cells:
     unit = "the reward" if row["unit"] == "reward" else "the advantage: there are no rewards"
-    table = Table(title=f"Certificate: {escape(row['of'])} (units of {unit}; 95% intervals)", title_justify="left")
-    table.add_column("")
-    table.add_column("value", justify="right")
-    table.add_column("interval", justify="right")
+    rows = []
     bounded = f"{row['divergence']}" + ("" if row["certified"] else ", a lower bound: no certificate")
     for name, label in (
         ("surrogate", "gain L' that the surrogate promises"),
@@ -236,7 +222,5 @@ def _certificate(row: Mapping[str, Any]) -> Table:
         ("prop4", f"bound of Prop. 4 ({bounded})"),
     ):
         if row.get(name) is not None:
-            table.add_row(
-                escape(label), f"{row[name]:.3g}", escape(f"[{row[f'{name}_low']:.3g}, {row[f'{name}_high']:.3g}]")
-            )
-    return table
+            rows.append((label, f"{row[name]:.3g}", f"[{row[f'{name}_low']:.3g}, {row[f'{name}_high']:.3g}]"))
+    return Cells(f"Certificate: {row['of']} (units of {unit}; 95% intervals)", ("", "value", "interval"), rows)

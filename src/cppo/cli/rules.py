@@ -45,11 +45,10 @@ def _parameters(rule: Any) -> str:
 def list_recipes() -> None:
     """The shipped recipes, with their first comment line and their file."""
     from cppo.config.load import recipes
+    from cppo.show.tables import Cells
 
-    table = Table()
-    for title in ("recipe", "what it is", "file"):
-        table.add_column(title, overflow="fold", no_wrap=title == "recipe")
-    for key, path in recipes().items():
-        first = path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
-        table.add_row(key, escape(first), escape(str(path)))
-    Console(highlight=False).print(table)
+    rows = [
+        (key, path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# "), str(path))
+        for key, path in recipes().items()
+    ]
+    Console(highlight=False).print(Cells("", ("recipe", "what it is", "file"), rows, text=3).rich())

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+from rich.console import Console, Group
 
 from cppo.cli.common import split_arguments
 from cppo.errors import UserError
+from cppo.show.tables import Cells
 
 
 def train(
@@ -137,17 +136,12 @@ def locate(model: str) -> tuple[str, Path | None]:
     return model, next((file for file in saved if file.is_file()), None)
 
 
-def evaluation_table(model: str, row: Mapping[str, Any]) -> Table:
+def evaluation_table(model: str, row: Mapping[str, Any]) -> Group:
     """The figures of an evaluation (``avg/<benchmark>``, ``pass/<benchmark>``, ``samples``) as a table."""
     k = row.get("samples", "k")
-    table = Table(title=escape(model), title_style="")
-    table.add_column("benchmark")
-    table.add_column(f"Avg@{k}", justify="right")
-    table.add_column(f"pass@{k}", justify="right")
     names = [key.removeprefix("avg/") for key in row if key.startswith("avg/")]
-    for name in sorted(names, key=lambda name: name == "mean"):
-        if name == "mean" and len(names) == 2:
-            continue  # of one benchmark
-        figures = [f"{row[f'{measure}/{name}']:.3f}" for measure in ("avg", "pass")]
-        table.add_row(escape(name), *figures, style="bold" if name == "mean" else None)
-    return table
+    names.sort(key=lambda name: name == "mean")
+    if len(names) == 2:  # of one benchmark its mean says nothing more
+        names.pop()
+    rows = [(name, *(f"{row[f'{measure}/{name}']:.3f}" for measure in ("avg", "pass"))) for name in names]
+    return Cells(model, ("benchmark", f"Avg@{k}", f"pass@{k}"), rows, bold="mean").rich()

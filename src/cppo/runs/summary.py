@@ -21,6 +21,7 @@ from cppo.runs.calibration import CALIBRATION_FILE, show
 from cppo.runs.records import before_and_after, benchmarks, best_evaluation, judged
 from cppo.runs.samples import REASONS, legend, mark_response, pick_response, printable, read_samples
 from cppo.show.progress import duration
+from cppo.show.tables import Cells
 
 Row = Mapping[str, Any]
 
@@ -86,13 +87,9 @@ def _short(value: Any) -> str:
     return json.dumps(value, default=str) if isinstance(value, list) else str(value)
 
 
-def _cell(text: str) -> str:
-    return printable(text).replace("|", "\\|").replace("\n", " ")
-
-
 def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    ruler = ["---", *["---:"] * (len(head) - 1)] if len(head) > 2 else ["---"] * len(head)
-    return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in [head, ruler, *lines])
+    rows = [[printable(text) for text in line] for line in lines]
+    return Cells("", head, rows, text=1 if len(head) > 2 else 2).markdown()
 
 
 def _heading(root: Path) -> str:

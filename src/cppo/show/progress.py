@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
@@ -24,7 +24,8 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
+
+from cppo.show.tables import Cells
 
 MAX_PLAIN_LINES = 200  # of a phase whose `every` is not given
 
@@ -177,26 +178,22 @@ class RunProgress:
         self.close()
 
 
-def accuracy_table(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> Table:
+def accuracy_table(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> Group:
     """Accuracy before and after as a table; takes evaluation rows ("avg/<benchmark>", "pass/...", "samples")."""
     rows = [row for row in (before, after) if row]
     k = _samples(rows)
-    table = Table(
-        title=f"Accuracy on held-out problems ({k} samples a problem)" if k else "Accuracy on held-out problems"
-    )
+    title = f"Accuracy on held-out problems ({k} samples per problem)" if k else "Accuracy on held-out problems"
     avg, passed = f"Avg@{k or 'k'}", f"pass@{k or 'k'}"
-    table.add_column("benchmark")
-    for column in (f"{avg} before", f"{avg} after", "change", f"{passed} before", f"{passed} after"):
-        table.add_column(column, justify="right")
+    columns = ("benchmark", f"{avg} before", f"{avg} after", "change", f"{passed} before", f"{passed} after")
     names = list(dict.fromkeys(key.removeprefix("avg/") for row in rows for key in row if key.startswith("avg/")))
     names = [name for name in names if name != "mean"] + (["mean"] if "mean" in names and len(names) != 2 else [])
+    lines = []
     for name in names:
         values = [None if row is None else row.get(f"avg/{name}") for row in (before, after)]
         passes = [None if row is None else row.get(f"pass/{name}") for row in (before, after)]
         change = "" if values[0] is None or values[1] is None else f"{values[1] - values[0]:+.3f}"
-        cells = [*map(_three, values), change, *map(_three, passes)]
-        table.add_row(escape(name), *cells, style="bold" if name == "mean" else None)
-    return table
+        lines.append((name, *map(_three, values), change, *map(_three, passes)))
+    return Cells(title, columns, lines, bold="mean").rich()
 
 
 def _samples(rows: list[Mapping[str, Any]]) -> str:

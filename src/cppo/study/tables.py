@@ -1,8 +1,8 @@
 """The tables of a study, for a terminal and as Markdown, from the same cells.
 
-* one row a variant: best and final Avg@k, the comparison with the best of the others, collapses, cost (as the paper's
+* one row per variant: best and final Avg@k, the comparison with the best of the others, collapses, cost (as the paper's
   Table 1, with intervals);
-* one row a variant and a column a benchmark (as its Table 4), where there are several.
+* one row per variant and a column per benchmark (as its Table 4), where there are several.
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ from collections.abc import Callable
 
 from rich.console import Group
 from rich.markup import escape
-from rich.table import Table
 
 from cppo.show.progress import duration
-from cppo.show.tables import Cells, pipes
+from cppo.show.tables import Cells
 from cppo.study.results import MEAN, Results, VariantSummary
 from cppo.study.statistics import Estimate, attainable_coverage
 
@@ -130,22 +129,14 @@ def _intervals(results: Results) -> str:
 
 def rich_tables(results: Results) -> Group:
     """For a terminal."""
-    drawn: list[Table | str] = []
-    for table in cells(results):
-        shown = Table(title=escape(table.title), title_justify="left")
-        for at, column in enumerate(table.columns):
-            shown.add_column(escape(column), justify="right" if at else "left", overflow="fold")
-        for row in table.rows:
-            shown.add_row(*map(escape, row))
-        drawn.append(shown)
-    return Group(*drawn, *(escape(note) for note in notes(results)))
+    return Group(*(table.rich() for table in cells(results)), *map(escape, notes(results)))
 
 
 def markdown(results: Results) -> str:
     """The same as Markdown."""
     parts = [f"# {results.kind}"]
     for table in cells(results):
-        parts += [f"## {table.title}", pipes(table)]
+        parts += [f"## {table.title}", table.markdown()]
     rules = [f"- {variant.name}: {variant.rule}" for variant in results.variants if variant.rule]
     if rules:
         parts += ["## What was run", "\n".join(rules)]

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from rich.console import Group
 from rich.markup import escape
-from rich.table import Table
 
 from cppo.config.load import Config
 from cppo.show.progress import duration
+from cppo.show.tables import Cells
 from cppo.study.ablate.suite import Base, Suite, compose
 from cppo.study.plan import make_plan
 from cppo.study.status import cores, devices
@@ -86,11 +86,7 @@ def listing(base: Base, suites: Sequence[Suite], seeds: int, jobs: int) -> Group
             return "unknown"
         return duration(seeds * sum(known) / rate)
 
-    table = Table(title=f"cppo ablate: {seeds} seeds, {jobs} runs at a time", title_justify="left")
-    for column in ("suite", "question"):
-        table.add_column(column)
-    for column in ("configurations", "new", "runs", "time"):
-        table.add_column(column, justify="right")
+    rows = []
     seen: set[str] = set()
     for suite in bound:
         names = dict.fromkeys(entry.variant for entry in suite.entries)
@@ -98,7 +94,9 @@ def listing(base: Base, suites: Sequence[Suite], seeds: int, jobs: int) -> Group
         seen.update(new)
         works = [work(configs[name]) for name in new]
         counts = (str(len(names)), str(len(new)), str(seeds * len(new)))
-        table.add_row(suite.name, suite.question, *counts, estimate(works))
+        rows.append((suite.name, suite.question, *counts, estimate(works)))
+    columns = ("suite", "question", "configurations", "new", "runs", "time")
+    table = Cells(f"cppo ablate: {seeds} seeds, {jobs} runs at a time", columns, rows, text=2).rich()
     warmups = [run for run in plan.runs if run.variant is None]
     total = [*(work(configs[name]) for name in seen), *(warmup_work(run.config) for run in warmups)]
     lines = [

@@ -7,7 +7,6 @@ from typing import Any
 
 from rich.console import Group
 from rich.markup import escape
-from rich.table import Table
 
 from cppo.show.tables import Cells
 from cppo.study import tables
@@ -147,22 +146,14 @@ def markdown(report: SuiteReport) -> str:
     """A suite as Markdown: its own tables, then those of every study."""
     parts = [f"# {report.suite.name}: {report.suite.question}"]
     for table in report.tables:
-        parts += [f"## {table.title}", tables.pipes(table)]
+        parts += [f"## {table.title}", table.markdown()]
     _, _, every = tables.markdown(report.results).partition("\n\n")  # without its heading
     return "\n\n".join([*parts, *report.notes, every])
 
 
 def rich(report: SuiteReport) -> Group:
     """A suite for a terminal: its own tables, and those of every study unless they are long."""
-    parts: list[Any] = []
-    for table in report.tables:
-        drawn = Table(title=escape(table.title), title_justify="left")
-        for at, column in enumerate(table.columns):
-            drawn.add_column(escape(column), justify="right" if at else "left", overflow="fold")
-        for row in table.rows:
-            drawn.add_row(*map(escape, row))
-        parts.append(drawn)
-    parts += map(escape, report.notes)
+    parts: list[Any] = [*(table.rich() for table in report.tables), *map(escape, report.notes)]
     if len(report.suite.entries) <= ROWS_SHOWN:
         parts.append(tables.rich_tables(report.results))
     else:
