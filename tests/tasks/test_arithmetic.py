@@ -172,14 +172,14 @@ class TestTheTeacher:
 @pytest.mark.parametrize(
     "options, sentence",
     [
-        ({"families": ["chian-24"]}, "unknown arithmetic family 'chian-24': did you mean 'chain-24'"),
+        ({"families": ["chian-24"]}, "unknown arithmetic family 'chian-24'. Did you mean 'chain-24'"),
         ({"families": ["add-2"]}, "'add-2' is too short.*set n >= 3"),
         ({"families": ["chain-2"]}, "'chain-2' is too short"),
         ({"families": []}, "name at least one family"),
         ({"families": "add-3,add-3"}, "each of them once"),
         ({"ignorance": 5}, "ignorance=5 is a share"),
         ({"validation_count": 0}, "validation_count=0"),
-        ({"ignorence": 0.1}, "has no option 'ignorence': did you mean 'ignorance'"),
+        ({"ignorence": 0.1}, "has no option 'ignorence'. Did you mean 'ignorance'"),
     ],
 )
 def test_bad_options_get_a_sentence(options, sentence):

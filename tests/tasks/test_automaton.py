@@ -81,7 +81,7 @@ def test_the_teacher_does_not_know_one_fact():
 @pytest.mark.parametrize(
     "options, sentence",
     [
-        ({"families": ["8-24"]}, "unknown automaton family '8-24'.*did you mean"),
+        ({"families": ["8-24"]}, "unknown automaton family '8-24'.*Did you mean"),
         ({"families": "3x9"}, "'3x9' is too small"),
         ({"families": "8x1"}, "'8x1' is too small"),
         ({"families": []}, "name at least one family"),

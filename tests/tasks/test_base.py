@@ -35,19 +35,19 @@ def test_the_task_of_the_documentation_works(module):
     assert task.score(examples[0], "") == 0.0
     held_out = {example.prompt for problems in task.validation().values() for example in problems}
     assert held_out and not held_out & {example.prompt for example in examples}
-    with pytest.raises(ValueError, match="no option 'lenght': did you mean 'length'"):
+    with pytest.raises(ValueError, match=r"no option 'lenght'\. Did you mean 'length'"):
         make_task(f"{name}:Palindromes", lenght=6)
 
 
 @pytest.mark.parametrize(
     "spec, sentence",
     [
-        ("arithmatic", "unknown task 'arithmatic': did you mean 'arithmetic'"),
+        ("arithmatic", "unknown task 'arithmatic'. Did you mean 'arithmetic'"),
         ("reasoning_gym", "needs a generator"),
-        ("reasoning_gim:chain_sum", "did you mean 'reasoning_gym'"),
+        ("reasoning_gim:chain_sum", "Did you mean 'reasoning_gym'"),
         ("arithmetic:chain-24", "takes nothing after a colon"),
         ("no_such_package.tasks:Task", "no Python module 'no_such_package'.*PYTHONPATH"),
-        ("json:lods", "module 'json' has no 'lods': did you mean 'loads'"),
+        ("json:lods", "module 'json' has no 'lods'. Did you mean 'loads'"),
         ("json:", "unknown task 'json:'"),
         ("sys:path", "'path' is a list; name a class or a function"),
         ("", "unknown task ''"),

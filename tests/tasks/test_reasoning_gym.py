@@ -184,8 +184,8 @@ def test_final_answer_takes_linear_time(text):
 @pytest.mark.parametrize(
     "generator, options, sentence",
     [
-        ("chain_sums", {}, "no generator 'chain_sums': did you mean 'chain_sum'"),
-        ("chain_sum", {"config": {"min_term": 2}}, "has no option 'min_term': did you mean 'min_terms'"),
+        ("chain_sums", {}, "no generator 'chain_sums'. Did you mean 'chain_sum'"),
+        ("chain_sum", {"config": {"min_term": 2}}, "has no option 'min_term'. Did you mean 'min_terms'"),
         ("chain_sum", {"config": {"seed": 2}}, "has no option 'seed'"),
         ("chain_sum", {"config": {"min_terms": 9, "max_terms": 2}}, "made no problem .*change 'config'"),
         ("chain_sum", {"config": {"min_terms": {1, 2}}}, "numbers, texts and lists"),

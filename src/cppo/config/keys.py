@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -13,6 +12,7 @@ from pydantic.fields import FieldInfo
 
 from cppo.config.settings import Settings
 from cppo.rules import RULES
+from cppo.words import nearest_keys
 
 #: What people call things elsewhere.
 ALIASES: Mapping[str, str] = {
@@ -84,20 +84,7 @@ def similar_keys(key: str) -> list[str]:
         return [ALIASES[last]]
     known = [name for name, _ in dotted_keys()]
     known += dict.fromkeys(f"rule.{parameter}" for rule in RULES for parameter in rule_parameters(rule))
-    rated = sorted(((_likeness(key, name), name) for name in known), reverse=True)
-    best, first = rated[0]
-    if best >= 0.65 and "." not in key and "." not in first:
-        return [first]
-    return [name for score, name in rated[:2] if score >= max(0.65, best - 0.03)]
-
-
-def _likeness(given: str, known: str) -> float:
-    def ratio(a: str, b: str) -> float:
-        return difflib.SequenceMatcher(None, a.lower(), b.lower()).ratio()
-
-    last = ratio(given.rpartition(".")[2], known.rpartition(".")[2])
-    # The full key settles which of two equal last parts it is.
-    return max(0.7 * last + 0.3 * ratio(given, known), 0.98 * last)
+    return nearest_keys(key, known)
 
 
 def describe(field: FieldInfo | None) -> str:

@@ -7,7 +7,6 @@ every row, and gives a `Dump`: flat arrays over all tokens and the boundaries of
 
 from __future__ import annotations
 
-import difflib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from cppo.dumps.read import COLUMNS, SUFFIXES, Builder, mistake, read_rows
 from cppo.errors import UserError
 from cppo.runs.certificates import read_certificates
 from cppo.tokens import TokenBatch
+from cppo.words import nearest
 
 __all__ = ["Dump", "dump_observer", "read_dump", "verl_rows", "write_dump"]
 
@@ -219,9 +219,9 @@ def _strange_names(unknown: Counter[str]) -> list[str]:
     """Notes on columns that look like misspelt ones."""
     notes = []
     for name in unknown:
-        near = difflib.get_close_matches(name, COLUMNS, n=1, cutoff=0.8)
-        if near and name not in RECORDED:
-            notes.append(f"the column {name!r} is not read. Did you mean {near[0]!r}?")
+        hint = nearest(name, COLUMNS, cutoff=0.8)
+        if hint and name not in RECORDED:
+            notes.append(f"the column {name!r} is not read.{hint}")
     return notes
 
 

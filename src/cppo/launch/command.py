@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import difflib
 import importlib
 import importlib.util
 import io
@@ -30,6 +29,7 @@ from typing import Any
 
 from cppo.errors import UserError
 from cppo.launch.checks import count_problems, problems, select
+from cppo.words import nearest_keys
 
 #: The version whose configuration files and code this was written from.
 WRITTEN_FOR = "0.9.1"
@@ -326,22 +326,10 @@ def _key_problem(entry: Setting, known: Iterable[str]) -> str | None:
     if entry.prefix == "+" and exists:
         return f"{entry}: verl has the setting {entry.key}, so it cannot be added. Write it without the +."
     if entry.prefix in ("", "~") and not exists:
-        near = _nearest(entry.key, known)
+        near = nearest_keys(entry.key, known)
         hint = f"Did you mean {' or '.join(near)}?" if near else f"Write +{entry.key}=... to add it nevertheless."
         return f"verl has no setting {entry.key!r}. {hint}"
     return None
-
-
-def _nearest(key: str, known: Iterable[str]) -> list[str]:
-    """At most two keys that `key` may have meant, the likelier one first."""
-    last = key.rpartition(".")[2]
-
-    def likeness(name: str) -> float:
-        parts = difflib.SequenceMatcher(None, last, name.rpartition(".")[2]).ratio()
-        return 0.6 * parts + 0.4 * difflib.SequenceMatcher(None, key, name).ratio()
-
-    rated = sorted(((likeness(name), name) for name in known), reverse=True)[:2]
-    return [name for score, name in rated if score >= max(0.7, rated[0][0] - 0.05)]
 
 
 def verls_own_problems(config: Any) -> list[str]:

@@ -16,8 +16,8 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from cppo.tasks.base import nearest
 from cppo.tasks.scratchpad import Family, Recall
+from cppo.words import nearest
 
 ALPHABET = "0123456789+-=,#"
 COMMON = ("chain-12", "chain-24", "chain-48", "chain-120", "add-3", "add-4", "add-8")
@@ -113,5 +113,5 @@ def make_family(name: str) -> Family:
     match = re.fullmatch(r"(chain|add)-([1-9][0-9]{0,3})", name)
     if match is None:
         near = nearest(name, COMMON)
-        raise ValueError(f"unknown arithmetic family {name!r}{near} A family is chain-<n> or add-<n>, n below 10,000")
+        raise ValueError(f"unknown arithmetic family {name!r}.{near} A family is chain-<n> or add-<n>, n below 10,000")
     return _KINDS[match[1]](int(match[2]))

@@ -22,8 +22,8 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from cppo.tasks.base import nearest
 from cppo.tasks.scratchpad import Family, Recall, Scratchpad
+from cppo.words import nearest
 
 LETTERS = "abcdefgh"
 ALPHABET = LETTERS + ",#="
@@ -82,7 +82,7 @@ def make_family(name: str) -> Family:
     """
     match = re.fullmatch(r"([1-9][0-9]{0,2})x([1-9][0-9]{0,2})", name)
     if match is None:
-        raise ValueError(f"unknown automaton family {name!r}{nearest(name, COMMON)} A family is <width>x<steps>")
+        raise ValueError(f"unknown automaton family {name!r}.{nearest(name, COMMON)} A family is <width>x<steps>")
     width, steps = int(match[1]), int(match[2])
     if width < 4 or steps < 2:
         raise ValueError(f"family {name!r} is too small: at least 4 cells and 2 steps, such as 4x2")

@@ -12,13 +12,14 @@ A task is any object with the four members of `Task`. The optional members that 
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.util
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, overload, runtime_checkable
+
+from cppo.words import nearest
 
 Prompt = str | list[dict[str, str]]  # plain text, or chat messages with "role" and "content"
 
@@ -113,7 +114,7 @@ def make_task(spec: str, /, **options: Any) -> Task:
     elif name in _BUILT_IN and rest:
         raise ValueError(f"task {spec!r}: {name!r} takes nothing after a colon; write {name!r} and set its options")
     elif name not in _BUILT_IN and not rest:
-        raise ValueError(f"unknown task {spec!r}{nearest(spec, _BUILT_IN)}. A task is {_FORMS}")
+        raise ValueError(f"unknown task {spec!r}.{nearest(spec, _BUILT_IN)} A task is {_FORMS}")
     factory = _import_factory(_BUILT_IN.get(name, spec), spec)
     _check_options(factory, spec, options)
     task = factory(**options)
@@ -125,16 +126,6 @@ def make_task(spec: str, /, **options: Any) -> Task:
             f"a task has {', '.join(_REQUIRED)} (see cppo.tasks.Task)"
         )
     return task
-
-
-def nearest(name: str, choices: Iterable[str]) -> str:
-    """ ", did you mean 'x'?" for an unknown name, or a list of what is known where nothing is near."""
-    known = sorted(choices)
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    if near:
-        return f": did you mean {' or '.join(map(repr, near))}?"
-    shown = ", ".join(known[:12]) + (f", ... ({len(known)} in all)" if len(known) > 12 else "")
-    return f" (known: {shown})"
 
 
 def require(package: str, purpose: str) -> None:
@@ -155,15 +146,17 @@ def _import_factory(path: str, spec: str) -> Callable[..., Any]:
         # A module of that name exists but imports something that is missing: that error is the useful one.
         if error.name is None or not (module_name == error.name or module_name.startswith(error.name + ".")):
             raise
-        hint = nearest(module_name, _BUILT_IN) if difflib.get_close_matches(module_name, _BUILT_IN) else ""
+        hint = nearest(module_name, _BUILT_IN, cutoff=0.6)
         raise ValueError(
-            f"task {spec!r}: there is no Python module {error.name!r}{hint or '.'} For a task of your own, "
+            f"task {spec!r}: there is no Python module {error.name!r}.{hint} For a task of your own, "
             "install its package or put its folder on PYTHONPATH"
         ) from error
     factory = getattr(module, attribute, None)
     if factory is None:
         public = [name for name in vars(module) if not name.startswith("_")]
-        raise ValueError(f"task {spec!r}: module {module_name!r} has no {attribute!r}{nearest(attribute, public)}")
+        raise ValueError(
+            f"task {spec!r}: module {module_name!r} has no {attribute!r}.{nearest(attribute, public, listed=True)}"
+        )
     if not callable(factory):
         raise ValueError(f"task {spec!r}: {attribute!r} is a {type(factory).__name__}; name a class or a function")
     return factory
@@ -179,7 +172,7 @@ def _check_options(factory: Callable[..., Any], spec: str, options: Mapping[str,
         for option in options:
             if option not in named:
                 known = [name for name in named if spec.partition(":")[0] not in _BUILT_IN or name != "generator"]
-                raise ValueError(f"task {spec!r} has no option {option!r}{nearest(option, known)}")
+                raise ValueError(f"task {spec!r} has no option {option!r}.{nearest(option, known, listed=True)}")
     for name, parameter in named.items():
         if parameter.default is parameter.empty and name not in options:
             raise ValueError(f"task {spec!r} needs the option {name!r}: set it")

@@ -15,9 +15,10 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from cppo.tasks.base import Example, LazyExamples, nearest, require
+from cppo.tasks.base import Example, LazyExamples, require
 from cppo.tasks.extract import final_answer
 from cppo.tasks.worker import WorkerPool
+from cppo.words import nearest
 
 _VALIDATION_SEED = -1  # training seeds are not negative
 _TRIES = 64  # draws for one training problem before a generator counts as too small
@@ -173,11 +174,14 @@ class ReasoningGym:
         """Everything that can be wrong with the name and the configuration, before any training starts."""
         names = self._fetch({"do": "names"})
         if self.generator not in names:
-            raise ValueError(f"reasoning_gym has no generator {self.generator!r}{nearest(self.generator, names)}")
+            raise ValueError(
+                f"reasoning_gym has no generator {self.generator!r}.{nearest(self.generator, names, listed=True)}"
+            )
         known = self._fetch({"do": "options", "generator": self.generator})
         for option in self.config:
             if option not in known:
-                raise ValueError(f"reasoning_gym's {self.generator!r} has no option {option!r}{nearest(option, known)}")
+                hint = nearest(option, known, listed=True)
+                raise ValueError(f"reasoning_gym's {self.generator!r} has no option {option!r}.{hint}")
         try:
             json.dumps(self.config)
         except TypeError as error:
