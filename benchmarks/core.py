@@ -67,7 +67,7 @@ def inputs(rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def verdict_and_loss(rule: Any, data: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
     """What an engine calls in every micro-batch; the loss keeps its graph, as in training."""
     batch = cppo.TokenBatch(*data)
-    return cppo.token_loss(batch, rule(batch))
+    return cppo.token_loss(batch, rule(batch).coefficient)
 
 
 def loop_over_responses(rule: cppo.CPPO, data: tuple[Tensor, Tensor, Tensor, Tensor], rows: int) -> Tensor:

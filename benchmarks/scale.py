@@ -93,7 +93,7 @@ def prepare(series: str, tokens: int) -> tuple[Callable[[], object], list[Tensor
         boundaries = edges[first : end + 1] - start if packed else None
         data = policy[start:stop], rollout[start:stop], advantages[first:end], mask[start:stop]
         batch = cppo.TokenBatch(*data, boundaries)
-        return cppo.token_loss(batch, rule(batch))
+        return cppo.token_loss(batch, rule(batch).coefficient)
 
     def call() -> None:
         size = MICRO_BATCH if pieces else rows

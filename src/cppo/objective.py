@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cppo.layout import Padded
-from cppo.rules.base import Reason, Verdict
+from cppo.rules.base import Reason, Verdict, held_back
 from cppo.tokens import TokenBatch
 
 Aggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
@@ -18,27 +18,26 @@ Aggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum",
 Reduce = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def token_loss(batch: TokenBatch, verdict: Verdict, form: Literal["detached", "ratio"] = "detached") -> Tensor:
+def token_loss(batch: TokenBatch, coefficient: Tensor) -> Tensor:
     """Per-token loss to minimise, without reduction: l_t = -c_t A_t log pi(y_t).
 
-    The gradient with respect to log pi(y_t) is -c_t A_t, through `policy_logp` only. ``form="ratio"`` has the same
-    gradient and the value -c_t A_t of a differentiable ratio (c_t A_t rho_t/sg(rho_t)). Never compare loss values
-    between the two forms.
+    The gradient with respect to log pi(y_t) is -c_t A_t, through `policy_logp` only.
+
+    Parameters
+    ----------
+    coefficient : c_t of a verdict (`Verdict.coefficient`), shape of the tokens, without gradient.
 
     Returns
     -------
     Shape of the tokens, float32 (float64 for float64 input), exactly 0 outside the mask and where c_t = 0.
     """
-    if form not in ("detached", "ratio"):
-        raise ValueError(f"form is {form!r}, expected 'detached' or 'ratio'.")
-    coefficient = verdict.coefficient
     active = coefficient != 0
+    zero = coefficient.new_zeros(())
     # `where` before any arithmetic: a log-probability of -inf or NaN behind a zero coefficient must not reach the
     # product.
-    logp = torch.where(active, batch.policy_logp.to(coefficient.dtype), coefficient.new_zeros(()))
-    value = logp if form == "detached" else torch.where(active, (logp - logp.detach()).exp(), coefficient.new_zeros(()))
-    weight = torch.where(active, coefficient * batch.token_advantages().neg(), coefficient.new_zeros(()))
-    return weight * value
+    logp = torch.where(active, batch.policy_logp.to(coefficient.dtype), zero)
+    weight = torch.where(active, coefficient * batch.token_advantages().neg(), zero)
+    return weight * logp
 
 
 def aggregate(loss: Tensor, batch: TokenBatch, how: Aggregation, horizon: int | None = None) -> Tensor:
@@ -79,10 +78,6 @@ def aggregate(loss: Tensor, batch: TokenBatch, how: Aggregation, horizon: int | 
     return total / horizon
 
 
-#: Reasons that hold a token back.
-_HELD = (Reason.TOKEN_LIMIT, Reason.PREFIX_BUDGET, Reason.SEQUENCE_LIMIT, Reason.RATIO_CLIP)
-
-
 @torch.no_grad()
 def metrics(
     batch: TokenBatch, verdict: Verdict, first_update: bool = False, reduce: Reduce | None = None
@@ -92,9 +87,10 @@ def metrics(
     All fractions are of the loss tokens. Keys, each with the prefix ``trust/``:
 
     * ``masked_fraction``: coefficient 0; ``kept_fraction``, ``towards_fraction``, ``token_limit_fraction``,
-      ``prefix_budget_fraction``, ``sequence_limit_fraction``, ``ratio_clip_fraction``: by `Reason`;
+      ``prefix_budget_fraction``, ``sequence_limit_fraction``, ``ratio_clip_fraction``,
+      ``clamped_fraction``: by `Reason`;
     * ``divergence_mean``, ``divergence_p90``, ``divergence_max`` (rules that have one; P90 over processes is averaged);
-    * ``delta_b``: mean budget a token in use; ``budget_used``: mean of S_T/(delta + delta_b W_{T-1}) at the end of
+    * ``delta_b``: mean budget per token in use; ``budget_used``: mean of S_T/(delta + delta_b W_{T-1}) at the end of
       responses;
     * ``first_rejected_position``: mean 1-based position of the first token held back, over responses that have one;
     * ``ratio_mean``, ``ratio_max``; ``capped_fraction`` (rules with a ratio cap);
@@ -106,9 +102,7 @@ def metrics(
     layout, mask = batch.layout, batch.loss_mask
     ones = mask.to(batch.dtype)
     reason = verdict.reason
-    held = torch.zeros_like(mask)
-    for code in _HELD:
-        held |= reason == int(code)
+    held = held_back(reason)
     ratio = batch.log_ratio().exp() * ones
     count = ones.sum()
     position = layout.exclusive_cumsum(ones) + 1
@@ -149,7 +143,7 @@ def metrics(
 
     tokens, sequences = max(total["tokens"], 1.0), max(total["sequences"], 1.0)
     out = {"masked_fraction": total["masked"] / tokens}
-    out |= {f"{code.name.lower()}_fraction": total[code.name] / tokens for code in Reason if code != Reason.OUTSIDE}
+    out |= {f"{code.key}_fraction": total[code.name] / tokens for code in Reason if code != Reason.OUTSIDE}
     out |= {"ratio_mean": total["ratio"] / tokens, "ratio_max": most["ratio"]}
     if "divergence" in total:
         mean = total["divergence"] / tokens

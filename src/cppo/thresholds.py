@@ -1,10 +1,10 @@
 """Thresholds of a rule for a target share of held-back tokens, solved on tokens that were seen.
 
-* `LIMITS` names, for every rule, the parameters that are thresholds and where they may lie.
+* A rule says which of its parameters are thresholds and where they may lie (`TrustRegion.limits`).
 * `solve` asks the rule itself, ``rule(batch)``, and no copy of its formula: the share of tokens that a rule holds back
   never grows when a threshold is loosened, so a bisection finds it.
-* What counts as held back is what the run's metrics count: a coefficient of 0 (``trust/masked_fraction``); for rules
-  that clamp or fade instead of dropping (`cispo`, `minpro`, `cppo` with a gate) the tokens whose weight they change.
+* What counts as held back is what the reasons say (`cppo.rules.base.held_back`): a coefficient of 0, as in
+  ``trust/masked_fraction``; for rules that clamp or fade instead of dropping the tokens whose weight they change.
 
 `delta: auto` in a recipe (`cppo.training.calibration`) and `cppo calibrate` (`cppo.dumps.calibrate`) use it.
 """
@@ -20,67 +20,38 @@ import torch
 from torch import Tensor
 
 from cppo.errors import UserError
-from cppo.rules import Reason, TrustRegion, Verdict
+from cppo.rules import RULES, TrustRegion
+from cppo.rules.base import held_back
+from cppo.rules.limits import LOOSEST, TIGHTEST
 from cppo.tokens import TokenBatch
 
 #: The value in a recipe that asks for a threshold to be found.
 AUTO = "auto"
-#: Looseness between which `solve` looks, relative precision of a jump, and of the middle between two jumps.
-TIGHTEST, LOOSEST, SHARP, ROUGH = 1e-9, 1e6, 1e-5, 1e-3
-
-
-@dataclass(frozen=True)
-class Limit:
-    """One threshold as ``base + sign * x`` of a looseness x > 0: the larger x, the fewer tokens are held back.
-
-    loosest : largest x.
-    """
-
-    base: float = 0.0
-    sign: float = 1.0
-    loosest: float = LOOSEST
-
-    def value(self, x: float) -> float:
-        # What is written down is what is used: six digits, as everywhere in a run's files; and 1 + 1e-9 stays above 1.
-        return float(f"{self.base + self.sign * float(f'{x:.6g}'):.12g}")
-
-    def looseness(self, value: float) -> float:
-        return min(max((value - self.base) * self.sign, TIGHTEST), self.loosest)
-
-
-_WIDTH = Limit(loosest=1 - 1e-6)  # below 1: a ratio is never negative
-#: Thresholds by rule. Of two that are both asked for, the first takes half of the target and the second the rest.
-LIMITS: Mapping[str, Mapping[str, Limit]] = {
-    "cispo": {"ratio_max": Limit(1.0), "ratio_min": Limit(1.0, -1.0, 1.0)},
-    "cppo": {"delta": Limit(), "delta_b": Limit()},
-    "dppo": {"delta": Limit()},
-    "minpro": {"eps_high": Limit(), "eps_low": _WIDTH},
-    "ppo_clip": {"eps_high": Limit(), "eps_low": _WIDTH},
-    "trm_avg": {"delta": Limit()},
-    "trm_max": {"delta": Limit()},
-    "trm_max_avg": {"delta": Limit(), "delta_avg": Limit()},
-}
+#: Relative precision of a jump, and of the middle between two jumps.
+SHARP, ROUGH = 1e-5, 1e-3
 
 
 def check_automatic(rule: str, parameters: Mapping[str, Any]) -> list[str]:
-    """The names in `parameters` whose value is `AUTO`, in the order of `LIMITS`.
+    """The names in `parameters` whose value is `AUTO`, in the order of the rule's `limits`.
 
     Raises
     ------
-    ValueError : a parameter that is no threshold is `AUTO`, or one that has no effect with the others.
+    ValueError : a parameter that is not a threshold is `AUTO`, or one that has no effect with the others.
     """
     asked = [name for name, value in parameters.items() if isinstance(value, str) and value == AUTO]
-    known = LIMITS.get(rule, {})
+    cls = RULES.get(rule)
+    known = cls.limits if cls else {}
     for name in asked:
         if not known:
             raise ValueError(f"rule.{name} is auto, but the rule {rule} has no threshold that could set itself.")
         if name not in known:
             raise ValueError(
-                f"rule.{name} is auto, but it is no threshold of {rule}: {' and '.join(known)} can set themselves. "
+                f"rule.{name} is auto, but it is not a threshold of {rule}: {' and '.join(known)} can set themselves. "
                 f"Give rule.{name} a value."
             )
-    if "delta_b" in asked and parameters.get("prefix_budget") is False:
-        raise ValueError("rule.delta_b is auto, but rule.prefix_budget=false switches the budget off: leave it out.")
+    for name, why in (cls.idle_limits(parameters) if cls else {}).items():
+        if name in asked:
+            raise ValueError(f"rule.{name} is auto, but rule.{why}: leave it out.")
     return [name for name in known if name in asked]
 
 
@@ -123,15 +94,7 @@ class Sample:
 
     def share(self, rule: TrustRegion) -> float:
         """Weighted share of the loss tokens that the rule holds back."""
-        return float(self.weight[held_back(rule, self.batch, rule(self.batch))].sum())
-
-
-def held_back(rule: TrustRegion, batch: TokenBatch, verdict: Verdict) -> Tensor:
-    """Loss tokens that count as held back (bool, shape of the tokens): see the top of this file."""
-    if rule.name in ("cispo", "minpro") or getattr(rule, "gate", None) is not None:
-        changed = (verdict.reason != int(Reason.KEPT)) & (verdict.reason != int(Reason.TOWARDS))
-        return changed & batch.loss_mask
-    return batch.loss_mask & (verdict.coefficient == 0)
+        return float(self.weight[held_back(rule(self.batch).reason)].sum())
 
 
 @dataclass(frozen=True)
@@ -163,7 +126,7 @@ def solve(rule: TrustRegion, names: Sequence[str], sample: Sample, target: float
         raise UserError(f"the target is {target}, expected a share between 0 and 1, such as 0.01.")
     if not names:
         raise UserError(f"{rule.name} has no threshold to solve for.")
-    limits = LIMITS[rule.name]
+    limits = rule.limits
 
     def made(**looseness: float) -> TrustRegion:
         return replace(rule, **{name: limits[name].value(x) for name, x in looseness.items()})  # type: ignore[type-var]

@@ -55,74 +55,7 @@ class TokenBatch:
     shard: Shard | None = None
 
     def __post_init__(self) -> None:
-        if self.rollout_logp is None:
-            raise ValueError(
-                "rollout_logp is None: a trust region is measured against the policy that sampled the tokens. "
-                "Make the engine return the sampler's log-probabilities (in verl: rollout.calculate_log_probs=True)."
-            )
-        for name in ("policy_logp", "rollout_logp", "advantages", "mask", "cu_seqlens", "divergence"):
-            value = getattr(self, name)
-            if not isinstance(value, Tensor) and not (value is None and name in ("cu_seqlens", "divergence")):
-                raise ValueError(f"{name} is a {type(value).__name__}, expected a torch.Tensor.")
-        shape = self.policy_logp.shape
-        packed = self.cu_seqlens is not None
-        if self.policy_logp.dim() != (1 if packed else 2):
-            wanted = "[N] (cu_seqlens is given: packed)" if packed else "[B, T], or [N] together with cu_seqlens"
-            raise ValueError(f"policy_logp has shape {list(shape)}, expected {wanted}.")
-        for name in ("rollout_logp", "mask", "divergence"):
-            value = getattr(self, name)
-            if value is not None and value.shape != shape:
-                raise ValueError(f"{name} has shape {list(value.shape)}, but policy_logp has {list(shape)}.")
-        for name in ("policy_logp", "rollout_logp", "advantages", "divergence"):
-            value = getattr(self, name)
-            if value is not None and not value.is_floating_point():
-                raise ValueError(f"{name} has dtype {value.dtype}, expected a floating point tensor.")
-        if self.mask.is_complex():
-            raise ValueError(f"mask has dtype {self.mask.dtype}, expected bool or 0/1.")
-        for name in ("rollout_logp", "advantages", "mask", "cu_seqlens", "divergence"):
-            value = getattr(self, name)
-            if value is not None and value.device != self.policy_logp.device:
-                raise ValueError(f"{name} is on {value.device}, but policy_logp is on {self.policy_logp.device}.")
-        if packed:
-            self._check_packed()
-        else:
-            rows = shape[0]
-            if self.advantages.shape not in ((rows,), (rows, 1), shape):
-                raise ValueError(
-                    f"advantages has shape {list(self.advantages.shape)}, expected [{rows}], [{rows}, 1] or "
-                    f"{list(shape)}."
-                )
-            if self.shard is not None and shape[1] % len(self.shard.chunks):
-                raise ValueError(
-                    f"policy_logp has {shape[1]} columns, which do not split into {len(self.shard.chunks)} "
-                    f"equal chunks "
-                    "(shard.chunks). Pad the sequence axis to a multiple before it is sharded."
-                )
-
-    def _check_packed(self) -> None:
-        assert self.cu_seqlens is not None
-        if self.shard is not None:
-            raise ValueError(
-                "shard is given together with cu_seqlens: context-parallel shards are supported for padded "
-                "rows [B, T_local]. "
-                "Gather packed shards along the sequence first."
-            )
-        if self.cu_seqlens.is_floating_point() or self.cu_seqlens.dtype == torch.bool or self.cu_seqlens.dim() != 1:
-            raise ValueError(
-                f"cu_seqlens has dtype {self.cu_seqlens.dtype} and shape {list(self.cu_seqlens.shape)}, "
-                "expected integers [S + 1]."
-            )
-        sequences = self.cu_seqlens.shape[0] - 1
-        if sequences < 1:
-            raise ValueError(
-                "cu_seqlens holds no sequence: it needs S + 1 >= 2 boundaries, from 0 to the number of tokens."
-            )
-        tokens = self.policy_logp.shape[0]
-        if self.advantages.shape not in ((sequences,), (tokens,)):
-            raise ValueError(
-                f"advantages has shape {list(self.advantages.shape)}, expected [{sequences}] (one a sequence) "
-                f"or [{tokens}]."
-            )
+        _check_shapes(self)
 
     # -- views that rules work with: float32 or better, without gradient, clean outside the mask ---------------------
 
@@ -164,8 +97,6 @@ class TokenBatch:
         """The same batch with D_t."""
         return replace(self, divergence=divergence)
 
-    # -- values -------------------------------------------------------------------------------------------------------
-
     def check(self) -> TokenBatch:
         """Look at the values (this synchronises the device) and return the batch.
 
@@ -175,48 +106,7 @@ class TokenBatch:
             sampled that token), an advantage is not finite, a divergence is negative or NaN; a mask holds other
             values than 0 and 1; boundaries do not start at 0, end at N and never decrease.
         """
-        if self.cu_seqlens is not None:
-            edges = self.cu_seqlens.tolist()
-            if edges[0] != 0 or edges[-1] != self.policy_logp.shape[0]:
-                raise ValueError(
-                    f"cu_seqlens runs from {edges[0]} to {edges[-1]}, expected from 0 to "
-                    f"{self.policy_logp.shape[0]} (the tokens)."
-                )
-            if any(b < a for a, b in itertools.pairwise(edges)):
-                raise ValueError("cu_seqlens decreases somewhere: boundaries must be sorted.")
-        if self.mask.dtype != torch.bool and bool(((self.mask != 0) & (self.mask != 1)).any()):
-            raise ValueError(
-                "mask holds values other than 0 and 1. Weights belong into the advantages, not into the mask."
-            )
-        inside = self.loss_mask
-        for name, what in (("policy_logp", "log pi"), ("rollout_logp", "log mu")):
-            value = getattr(self, name).detach()[inside]
-            nan, positive = int(value.isnan().sum()), int((value > 1e-3).sum())
-            if nan:
-                raise ValueError(
-                    f"{name} is NaN at {nan} of {value.numel()} loss tokens: {what} of every trained token is needed. "
-                    "Mask tokens that the engine could not score."
-                )
-            if positive:
-                raise ValueError(
-                    f"{name} is positive at {positive} of {value.numel()} loss tokens (maximum "
-                    f"{value.max().item():.4g}): "
-                    "expected log-probabilities, got probabilities, logits or their negative?"
-                )
-        if bool((self.rollout_logp.detach()[inside] == -torch.inf).any()):
-            raise ValueError(
-                "rollout_logp is -inf at a loss token: the rollout policy cannot have sampled it. "
-                "Are these log-probabilities of the sampled tokens, and from the policy that sampled them?"
-            )
-        if not bool(self.token_advantages().expand_as(inside)[inside].isfinite().all()):
-            raise ValueError("advantages holds NaN or infinity at a loss token: look at the rewards.")
-        if self.divergence is not None:
-            value = self.divergence.detach()[inside]
-            if not bool(value.isfinite().all()) or bool((value < 0).any()):
-                raise ValueError(
-                    "divergence is negative, NaN or infinite at a loss token: D_t must be a divergence, not an "
-                    "estimate of one."
-                )
+        _check_values(self)
         return self
 
 
@@ -225,3 +115,122 @@ def layout(cu_seqlens: Tensor | None = None, shard: Shard | None = None) -> Layo
     if cu_seqlens is not None:
         return Packed(cu_seqlens)
     return Padded() if shard is None else Sharded(shard)
+
+
+# -- checks ------------------------------------------------------------------------------------------------------------
+
+
+def _check_shapes(batch: TokenBatch) -> None:
+    """What costs no device synchronisation: shapes, dtypes, devices."""
+    if batch.rollout_logp is None:
+        raise ValueError(
+            "rollout_logp is None: a trust region is measured against the policy that sampled the tokens. "
+            "Make the engine return the sampler's log-probabilities (in verl: rollout.calculate_log_probs=True)."
+        )
+    for name in ("policy_logp", "rollout_logp", "advantages", "mask", "cu_seqlens", "divergence"):
+        value = getattr(batch, name)
+        if not isinstance(value, Tensor) and not (value is None and name in ("cu_seqlens", "divergence")):
+            raise ValueError(f"{name} is a {type(value).__name__}, expected a torch.Tensor.")
+    shape = batch.policy_logp.shape
+    packed = batch.cu_seqlens is not None
+    if batch.policy_logp.dim() != (1 if packed else 2):
+        wanted = "[N] (cu_seqlens is given: packed)" if packed else "[B, T], or [N] together with cu_seqlens"
+        raise ValueError(f"policy_logp has shape {list(shape)}, expected {wanted}.")
+    for name in ("rollout_logp", "mask", "divergence"):
+        value = getattr(batch, name)
+        if value is not None and value.shape != shape:
+            raise ValueError(f"{name} has shape {list(value.shape)}, but policy_logp has {list(shape)}.")
+    for name in ("policy_logp", "rollout_logp", "advantages", "divergence"):
+        value = getattr(batch, name)
+        if value is not None and not value.is_floating_point():
+            raise ValueError(f"{name} has dtype {value.dtype}, expected a floating point tensor.")
+    if batch.mask.is_complex():
+        raise ValueError(f"mask has dtype {batch.mask.dtype}, expected bool or 0/1.")
+    for name in ("rollout_logp", "advantages", "mask", "cu_seqlens", "divergence"):
+        value = getattr(batch, name)
+        if value is not None and value.device != batch.policy_logp.device:
+            raise ValueError(f"{name} is on {value.device}, but policy_logp is on {batch.policy_logp.device}.")
+    if packed:
+        _check_packed(batch)
+    else:
+        rows = shape[0]
+        if batch.advantages.shape not in ((rows,), (rows, 1), shape):
+            raise ValueError(
+                f"advantages has shape {list(batch.advantages.shape)}, expected [{rows}], [{rows}, 1] or {list(shape)}."
+            )
+        if batch.shard is not None and shape[1] % len(batch.shard.chunks):
+            raise ValueError(
+                f"policy_logp has {shape[1]} columns, which do not split into {len(batch.shard.chunks)} "
+                f"equal chunks "
+                "(shard.chunks). Pad the sequence axis to a multiple before it is sharded."
+            )
+
+
+def _check_packed(batch: TokenBatch) -> None:
+    assert batch.cu_seqlens is not None
+    if batch.shard is not None:
+        raise ValueError(
+            "shard is given together with cu_seqlens: context-parallel shards are supported for padded "
+            "rows [B, T_local]. "
+            "Gather packed shards along the sequence first."
+        )
+    if batch.cu_seqlens.is_floating_point() or batch.cu_seqlens.dtype == torch.bool or batch.cu_seqlens.dim() != 1:
+        raise ValueError(
+            f"cu_seqlens has dtype {batch.cu_seqlens.dtype} and shape {list(batch.cu_seqlens.shape)}, "
+            "expected integers [S + 1]."
+        )
+    sequences = batch.cu_seqlens.shape[0] - 1
+    if sequences < 1:
+        raise ValueError(
+            "cu_seqlens holds no sequence: it needs S + 1 >= 2 boundaries, from 0 to the number of tokens."
+        )
+    tokens = batch.policy_logp.shape[0]
+    if batch.advantages.shape not in ((sequences,), (tokens,)):
+        raise ValueError(
+            f"advantages has shape {list(batch.advantages.shape)}, expected [{sequences}] (one a sequence) "
+            f"or [{tokens}]."
+        )
+
+
+def _check_values(batch: TokenBatch) -> None:
+    """`TokenBatch.check`: this synchronises the device."""
+    if batch.cu_seqlens is not None:
+        edges = batch.cu_seqlens.tolist()
+        if edges[0] != 0 or edges[-1] != batch.policy_logp.shape[0]:
+            raise ValueError(
+                f"cu_seqlens runs from {edges[0]} to {edges[-1]}, expected from 0 to "
+                f"{batch.policy_logp.shape[0]} (the tokens)."
+            )
+        if any(b < a for a, b in itertools.pairwise(edges)):
+            raise ValueError("cu_seqlens decreases somewhere: boundaries must be sorted.")
+    if batch.mask.dtype != torch.bool and bool(((batch.mask != 0) & (batch.mask != 1)).any()):
+        raise ValueError("mask holds values other than 0 and 1. Weights belong into the advantages, not into the mask.")
+    inside = batch.loss_mask
+    for name, what in (("policy_logp", "log pi"), ("rollout_logp", "log mu")):
+        value = getattr(batch, name).detach()[inside]
+        nan, positive = int(value.isnan().sum()), int((value > 1e-3).sum())
+        if nan:
+            raise ValueError(
+                f"{name} is NaN at {nan} of {value.numel()} loss tokens: {what} of every trained token is needed. "
+                "Mask tokens that the engine could not score."
+            )
+        if positive:
+            raise ValueError(
+                f"{name} is positive at {positive} of {value.numel()} loss tokens (maximum "
+                f"{value.max().item():.4g}): "
+                "expected log-probabilities, got probabilities, logits or their negative?"
+            )
+    if bool((batch.rollout_logp.detach()[inside] == -torch.inf).any()):
+        raise ValueError(
+            "rollout_logp is -inf at a loss token: the rollout policy cannot have sampled it. "
+            "Are these log-probabilities of the sampled tokens, and from the policy that sampled them?"
+        )
+    if not bool(batch.token_advantages().expand_as(inside)[inside].isfinite().all()):
+        raise ValueError("advantages holds NaN or infinity at a loss token: look at the rewards.")
+    if batch.divergence is not None:
+        value = batch.divergence.detach()[inside]
+        if not bool(value.isfinite().all()) or bool((value < 0).any()):
+            raise ValueError(
+                "divergence is negative, NaN or infinite at a loss token: D_t must be a divergence, not an "
+                "estimate of one."
+            )

@@ -204,9 +204,9 @@ def random_responses(
     return out
 
 
-def gradient(batch: Batch, rule: Any, form: Any = "detached") -> tuple[Tensor, Tensor, Any]:
+def gradient(batch: Batch, rule: Any) -> tuple[Tensor, Tensor, Any]:
     """Per-token loss, gradient of its sum with respect to the policy's log-probabilities, and the verdict."""
     verdict = rule(batch.tokens)
-    loss = cppo.token_loss(batch.tokens, verdict, form=form)
+    loss = cppo.token_loss(batch.tokens, verdict.coefficient)
     (grad,) = torch.autograd.grad(loss.sum(), batch.tokens.policy_logp)
     return loss.detach(), grad, verdict

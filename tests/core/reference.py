@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-KEPT, TOWARDS, TOKEN_LIMIT, PREFIX_BUDGET, SEQUENCE_LIMIT, RATIO_CLIP, OUTSIDE = range(7)
+KEPT, TOWARDS, TOKEN_LIMIT, PREFIX_BUDGET, SEQUENCE_LIMIT, RATIO_CLIP, CLAMPED, OUTSIDE = range(8)
 LOG_RATIO_MAX = 20.0
 
 
@@ -180,7 +180,7 @@ def cispo(
         r = ratio(p, m)
         result.margin = min(result.margin, abs(r - ratio_max), abs(r - ratio_min) if ratio_min > 0 else math.inf)
         result.coefficient.append(min(max(r, ratio_min), ratio_max))
-        result.reason.append(RATIO_CLIP if r < ratio_min or r > ratio_max else KEPT)
+        result.reason.append(CLAMPED if r < ratio_min or r > ratio_max else KEPT)
     return result
 
 
@@ -196,7 +196,7 @@ def minpro(
         smallest = r if smallest is None else min(smallest, r)
         result.margin = min(result.margin, abs(value - 1 + eps_low), abs(value - 1 - eps_high))
         result.coefficient.append(min(max(value, 1 - eps_low), 1 + eps_high))
-        result.reason.append(RATIO_CLIP if value < 1 - eps_low or value > 1 + eps_high else KEPT)
+        result.reason.append(CLAMPED if value < 1 - eps_low or value > 1 + eps_high else KEPT)
     return result
 
 

@@ -102,7 +102,7 @@ def test_dropped_groups_leave_loss_and_denominators(how: Any) -> None:
 
     def total(rows: torch.Tensor, loss_mask: torch.Tensor) -> float:
         batch = cppo.TokenBatch(policy[rows], rollout[rows], advantages[rows], loss_mask)
-        return cppo.aggregate(cppo.token_loss(batch, rule(batch)), batch, how, horizon=16).item()
+        return cppo.aggregate(cppo.token_loss(batch, rule(batch).coefficient), batch, how, horizon=16).item()
 
     everything = torch.ones(6, dtype=torch.bool)
     masked = total(everything, mask & keep[:, None])

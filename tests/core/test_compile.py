@@ -44,7 +44,7 @@ def step(rule: Any) -> Any:
     ) -> tuple[Tensor, Tensor, Tensor]:
         batch = cppo.TokenBatch(policy, rollout, advantages, mask, cu_seqlens=cu_seqlens)
         verdict = rule(batch)
-        return cppo.token_loss(batch, verdict), verdict.reason, verdict.coefficient
+        return cppo.token_loss(batch, verdict.coefficient), verdict.reason, verdict.coefficient
 
     return function
 
@@ -112,7 +112,7 @@ def test_no_device_is_mixed_and_nothing_synchronises(packed: bool) -> None:
         for case in CASES:
             for each in (batch, batch.with_divergence(divergence)):
                 verdict = make(case)(each)
-                loss = cppo.token_loss(each, verdict)
+                loss = cppo.token_loss(each, verdict.coefficient)
                 total = cppo.aggregate(loss, each, "seq-mean-token-mean")
                 for value in (loss, total, verdict.coefficient, verdict.reason, verdict.threshold, verdict.delta_b):
                     assert value is None or value.device == device, case

@@ -16,7 +16,7 @@ from cppo import Reason
 
 from .cases import CASES, NEEDS_DIVERGENCE, Batch, make, pack, pad, random_responses
 
-HELD = (Reason.TOKEN_LIMIT, Reason.PREFIX_BUDGET, Reason.SEQUENCE_LIMIT, Reason.RATIO_CLIP)
+HELD = (Reason.TOKEN_LIMIT, Reason.PREFIX_BUDGET, Reason.SEQUENCE_LIMIT, Reason.RATIO_CLIP, Reason.CLAMPED)
 
 
 def slow(batch: Batch, verdict: Any) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""The one loss: its gradient in both forms, where gradients may flow, and the aggregation."""
+"""The one loss: its gradient, where gradients may flow, and the aggregation."""
 
 from __future__ import annotations
 
@@ -22,20 +22,17 @@ every_case = pytest.mark.parametrize("case", CASES)
 @settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 2**31), lengths=st.lists(st.integers(1, 15), min_size=1, max_size=4))
 def test_gradient_is_minus_c_times_a(case: str, seed: int, lengths: list[int]) -> None:
-    """d l_t / d log pi = -c_t A_t in both forms; values -c A log pi (detached) and -c A (ratio)."""
+    """d l_t / d log pi = -c_t A_t, and the value is -c_t A_t log pi."""
     responses = random_responses(seed, lengths, 0.4, 0.2, token_advantages=True)
     for lay in (pad, pack):
         batch = lay(responses, grad=True)
-        loss, grad, verdict = gradient(batch, make(case), "detached")
-        ratio_loss, ratio_grad, _ = gradient(batch, make(case), "ratio")
+        loss, grad, verdict = gradient(batch, make(case))
         inside = batch.tokens.mask
         a = batch.tokens.token_advantages()
         want = -(verdict.coefficient * a)[inside]
         torch.testing.assert_close(grad[inside], want, rtol=1e-6, atol=0)
-        assert torch.equal(grad, ratio_grad)
-        torch.testing.assert_close(ratio_loss[inside], want, rtol=1e-6, atol=0)
         torch.testing.assert_close(loss[inside], want * batch.tokens.policy_logp.detach()[inside], rtol=1e-6, atol=0)
-        assert (loss[~inside] == 0).all() and (ratio_loss[~inside] == 0).all() and (grad[~inside] == 0).all()
+        assert (loss[~inside] == 0).all() and (grad[~inside] == 0).all()
 
 
 #: Rules whose coefficient is M_t rho_t with M detached: the textbook surrogate with a differentiable ratio.
@@ -44,7 +41,7 @@ RATIO_WEIGHTED = [c for c in CASES if not c.startswith(("cispo", "minpro")) and 
 
 @pytest.mark.parametrize("case", RATIO_WEIGHTED)
 def test_equals_autograd_through_the_ratio(case: str) -> None:
-    """-A rho M with rho = exp(log pi - log mu) differentiable and M = c / rho: the same gradient, the same value."""
+    """-A rho M with rho = exp(log pi - log mu) differentiable and M = c / rho: the same gradient."""
     for seed in range(5):
         responses = random_responses(seed, [21, 8], 0.4)
         batch = pad(responses, grad=True)
@@ -55,10 +52,8 @@ def test_equals_autograd_through_the_ratio(case: str) -> None:
         mask = (verdict.coefficient / rho).detach()
         surrogate = torch.where(inside, -batch.tokens.token_advantages() * rho * mask, 0.0)
         (want,) = torch.autograd.grad(surrogate.sum(), policy)
-        for form in ("detached", "ratio"):
-            loss, grad, _ = gradient(batch, make(case), form)
-            torch.testing.assert_close(grad, want, rtol=2e-6, atol=1e-7)
-        torch.testing.assert_close(loss, surrogate.detach(), rtol=2e-6, atol=1e-7)
+        _, grad, _ = gradient(batch, make(case))
+        torch.testing.assert_close(grad, want, rtol=2e-6, atol=1e-7)
 
 
 def test_ppo_clip_equals_autograd_of_the_clipped_surrogate() -> None:
@@ -78,8 +73,7 @@ def test_ppo_clip_equals_autograd_of_the_clipped_surrogate() -> None:
 
 
 @every_case
-@pytest.mark.parametrize("form", ["detached", "ratio"])
-def test_gradient_flows_through_the_policy_alone(case: str, form: str) -> None:
+def test_gradient_flows_through_the_policy_alone(case: str) -> None:
     g = torch.Generator().manual_seed(0)
     policy, rollout = ((-torch.rand(3, 6, generator=g) - 0.1).requires_grad_() for _ in range(2))
     advantages = torch.randn(3, generator=g).requires_grad_()
@@ -90,7 +84,7 @@ def test_gradient_flows_through_the_policy_alone(case: str, form: str) -> None:
         value = getattr(verdict, name)
         assert value is None or not value.requires_grad, name
     inputs = [x for x in (policy, rollout, advantages, divergence) if x is not None]
-    loss = cppo.token_loss(batch, verdict, form=form).sum()  # type: ignore[arg-type]
+    loss = cppo.token_loss(batch, verdict.coefficient).sum()
     first, *others = torch.autograd.grad(loss, inputs, allow_unused=True)
     assert first is not None
     assert all(o is None or (o == 0).all() for o in others)
@@ -114,16 +108,9 @@ def test_a_policy_that_gave_a_token_up() -> None:
             continue  # their weight has a floor, so the loss is honestly infinite
         policy = torch.tensor([[-1.0, -math.inf, -0.7]], requires_grad=True)
         batch = cppo.TokenBatch(policy, torch.tensor([[-1.1, -0.5, -0.9]]), torch.ones(1), torch.ones(1, 3))
-        for form in ("detached", "ratio"):
-            loss = cppo.token_loss(batch, make(case)(batch), form=form)  # type: ignore[arg-type]
-            (grad,) = torch.autograd.grad(loss.sum(), policy)
-            assert loss.isfinite().all() and grad.isfinite().all() and grad[0, 1] == 0, case
-
-
-def test_an_unknown_form_gets_a_sentence() -> None:
-    batch = pad(random_responses(0, [3])).tokens
-    with pytest.raises(ValueError, match="form"):
-        cppo.token_loss(batch, cppo.NoTrustRegion()(batch), form="detach")  # type: ignore[arg-type]
+        loss = cppo.token_loss(batch, make(case)(batch).coefficient)
+        (grad,) = torch.autograd.grad(loss.sum(), policy)
+        assert loss.isfinite().all() and grad.isfinite().all() and grad[0, 1] == 0, case
 
 
 # ---------------------------------------------------------------------------------------------------------- aggregation
@@ -158,7 +145,7 @@ def test_aggregate(case: str, how: Any) -> None:
             pad(responses, left=3, right=5, grad=True),
             pack(responses, grad=True),
         ):
-            loss = cppo.token_loss(batch.tokens, make(case)(batch.tokens))
+            loss = cppo.token_loss(batch.tokens, make(case)(batch.tokens).coefficient)
             total = cppo.aggregate(loss, batch.tokens, how, horizon=32)
             want = slow_aggregate(batch.split(loss.detach()), [r.mask for r in responses], how, 32)
             assert total.shape == () and total.item() == pytest.approx(want, rel=1e-5, abs=1e-6)
@@ -173,7 +160,7 @@ def test_aggregate_without_any_loss_token(how: Any) -> None:
     """Every group was dropped: 0 with a zero gradient, not NaN."""
     policy = torch.full((2, 3), -1.0, requires_grad=True)
     batch = cppo.TokenBatch(policy, torch.full((2, 3), -1.0), torch.ones(2), torch.zeros(2, 3))
-    loss = cppo.token_loss(batch, cppo.CPPO(divergence="binary_tv")(batch))
+    loss = cppo.token_loss(batch, cppo.CPPO(divergence="binary_tv")(batch).coefficient)
     total = cppo.aggregate(loss, batch, how, horizon=8)
     (grad,) = torch.autograd.grad(total, policy)
     assert total.item() == 0 and (grad == 0).all()
@@ -181,7 +168,7 @@ def test_aggregate_without_any_loss_token(how: Any) -> None:
 
 def test_aggregate_refuses() -> None:
     batch = pad(random_responses(0, [3])).tokens
-    loss = cppo.token_loss(batch, cppo.NoTrustRegion()(batch))
+    loss = cppo.token_loss(batch, cppo.NoTrustRegion()(batch).coefficient)
     with pytest.raises(ValueError, match="token-mean"):
         cppo.aggregate(loss, batch, "mean")  # type: ignore[arg-type]
     for horizon in (None, 0, -1):

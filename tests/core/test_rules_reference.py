@@ -93,10 +93,10 @@ def test_every_reason_occurs() -> None:
     for case in REFERENCE_CASES:
         for r in responses:
             seen.setdefault(case, set()).update(r.reference(case).reason)
-    K, T, L, P, S, R, out = Reason
+    K, T, L, P, S, R, C, out = Reason
     assert seen["none"] == {K, out}
     assert seen["ppo_clip"] == {K, T, R, out}
-    assert seen["cispo"] == seen["minpro"] == {K, R, out}
+    assert seen["cispo"] == seen["minpro"] == {K, C, out}
     assert seen["dppo"] == {K, T, L, out}
     assert seen["trm_max"] == seen["trm_avg"] == seen["trm_max_avg"] == {K, S, out}
     assert seen["cppo adaptive"] == seen["cppo fixed"] == seen["cppo soft"] == {K, T, L, P, out}

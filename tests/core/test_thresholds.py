@@ -15,7 +15,9 @@ import cppo
 from cppo.config.load import ConfigError, load_config
 from cppo.errors import UserError
 from cppo.launch.verl import plan
-from cppo.thresholds import LIMITS, Sample, Unreachable, check_automatic, solve
+from cppo.thresholds import Sample, Unreachable, check_automatic, solve
+
+LIMITS = {name: rule.limits for name, rule in cppo.RULES.items() if rule.limits}
 
 #: Where each threshold can lie in the batches below, from the tightest; 100 steps.
 GRIDS = {"eps_low": (1e-6, 0.9999), "ratio_min": (1e-6, 1.0)}
@@ -44,7 +46,7 @@ def share(rule: cppo.TrustRegion, b: cppo.TokenBatch, update: list[int]) -> floa
         for t in range(len(mask[row])):
             if mask[row][t]:
                 reason = cppo.Reason(reasons[row][t]).name
-                changed = reason in ("TOKEN_LIMIT", "PREFIX_BUDGET", "SEQUENCE_LIMIT", "RATIO_CLIP")
+                changed = reason in ("TOKEN_LIMIT", "PREFIX_BUDGET", "SEQUENCE_LIMIT", "RATIO_CLIP", "CLAMPED")
                 parts.setdefault(seen, []).append(changed if clamps else coefficients[row][t] == 0)
     return sum(sum(part) / len(part) for part in parts.values()) / len(parts)
 
@@ -132,7 +134,7 @@ def test_what_is_counted_is_what_the_metrics_of_a_run_say() -> None:
         assert Sample.of(b).share(judge) == pytest.approx(masked, abs=1e-12), rule
     for rule in ("cispo", "minpro"):
         judge = cppo.make_rule(rule)
-        clamped = cppo.metrics(b, judge(b))["trust/ratio_clip_fraction"]
+        clamped = cppo.metrics(b, judge(b))["trust/clamped_fraction"]
         assert Sample.of(b).share(judge) == pytest.approx(clamped, abs=1e-12) and clamped > 0
     soft = cppo.CPPO(gate="reciprocal")
     reasons = cppo.metrics(b, soft(b))
@@ -215,8 +217,8 @@ def test_every_rule_takes_auto_for_its_thresholds() -> None:
 @pytest.mark.parametrize(
     "settings,words",
     [
-        (["rule.budget=auto"], "rule.budget is auto, but it is no threshold of cppo: delta and delta_b can"),
-        (["rule=ppo_clip", "rule.dual_clip=auto"], "no threshold of ppo_clip"),
+        (["rule.budget=auto"], "rule.budget is auto, but it is not a threshold of cppo: delta and delta_b can"),
+        (["rule=ppo_clip", "rule.dual_clip=auto"], "not a threshold of ppo_clip"),
         (["rule=none", "rule.delta=auto"], "rule 'none' has no parameter 'delta'"),
         (["rule.deltaa=auto"], "Did you mean 'delta'"),
         (["delta_b=auto", "prefix_budget=false"], "switches the budget off"),

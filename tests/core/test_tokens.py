@@ -43,7 +43,7 @@ def test_accepted_padded(dtype: torch.dtype, advantages: tuple[int, ...], mask: 
     assert verdict.coefficient.shape == SHAPE
     assert verdict.coefficient.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert verdict.reason.dtype == torch.uint8 and verdict.reason.shape == SHAPE
-    loss = cppo.token_loss(batch, verdict)
+    loss = cppo.token_loss(batch, verdict.coefficient)
     assert loss.shape == SHAPE and loss.dtype == verdict.coefficient.dtype
     assert padded(mask=torch.ones(SHAPE).to(mask)).check() is not None
 
@@ -53,9 +53,9 @@ def test_accepted_padded(dtype: torch.dtype, advantages: tuple[int, ...], mask: 
 def test_accepted_packed(index: torch.dtype, advantages: tuple[int, ...]) -> None:
     values = torch.arange(1.0, 1 + math.prod(advantages)).reshape(advantages)
     batch = packed(advantages=values, cu_seqlens=torch.tensor([0, 2, 5, 9]).to(index))
-    loss = cppo.token_loss(batch, cppo.NoTrustRegion()(batch), form="ratio")
+    loss = cppo.token_loss(batch, cppo.NoTrustRegion()(batch).coefficient)
     each = values if advantages == (9,) else values.repeat_interleave(torch.tensor([2, 3, 4]))
-    torch.testing.assert_close(loss, -each * math.exp(0.1))
+    torch.testing.assert_close(loss, -each * math.exp(0.1) * batch.policy_logp)
     assert batch.check() is batch
 
 
@@ -66,8 +66,8 @@ def test_per_sequence_advantages_broadcast_along_rows() -> None:
     losses = []
     for advantages in (a, a[:, None], a[:, None].expand(square)):
         batch = cppo.TokenBatch(torch.full(square, -1.0), torch.full(square, -1.0), advantages, torch.ones(square))
-        losses.append(cppo.token_loss(batch, cppo.NoTrustRegion()(batch), form="ratio"))
-    assert torch.equal(losses[0], -a[:, None].expand(square))
+        losses.append(cppo.token_loss(batch, cppo.NoTrustRegion()(batch).coefficient))
+    assert torch.equal(losses[0], a[:, None].expand(square))  # -c A log pi with log pi = -1
     assert torch.equal(losses[0], losses[1]) and torch.equal(losses[0], losses[2])
 
 
@@ -152,7 +152,7 @@ def test_the_constructor_looks_at_no_value() -> None:
         torch.zeros(SHAPE, **meta), torch.zeros(SHAPE, **meta), torch.zeros(3, **meta), torch.ones(SHAPE, **meta)
     )
     for rule in (cppo.DPPO(divergence="binary_tv"), cppo.CPPO(divergence="binary_tv"), cppo.MinPRO(), cppo.PPOClip()):
-        assert cppo.token_loss(batch, rule(batch)).shape == SHAPE
+        assert cppo.token_loss(batch, rule(batch).coefficient).shape == SHAPE
     cu = torch.tensor([0, 2, 5, 9]).to("meta")
     cppo.TokenBatch(torch.zeros(9, **meta), torch.zeros(9, **meta), torch.zeros(3, **meta), torch.ones(9, **meta), cu)
 
@@ -242,7 +242,7 @@ def test_inputs_are_never_written_to(make: Any) -> None:
         before = [x.clone() for x in (batch.policy_logp, batch.rollout_logp, batch.advantages, batch.mask, d)]
         for name in cppo.RULES:
             verdict = cppo.make_rule(name)(batch)
-            cppo.token_loss(batch, verdict)
+            cppo.token_loss(batch, verdict.coefficient)
             cppo.metrics(batch, verdict)
         after = (batch.policy_logp, batch.rollout_logp, batch.advantages, batch.mask, d)
         assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))

@@ -122,7 +122,7 @@ def run_shard(samples: list[Sample], cases: list[str], alone: bool = False) -> l
             policy, rest["rollout"], rows["advantages"], rest["mask"], shard=None if alone else shard
         )
         verdict = contract.make(case)(batch)
-        (grad,) = torch.autograd.grad(cppo.token_loss(batch, verdict).sum() / tokens, policy)
+        (grad,) = torch.autograd.grad(cppo.token_loss(batch, verdict.coefficient).sum() / tokens, policy)
         whole = torch.zeros(rows["policy"].shape)
         whole[:, columns] = grad
         gradients = [row[s.prompt : len(s)] for row, s in zip(whole, samples, strict=True)]
@@ -217,7 +217,7 @@ class StatefulLimit(Core):
             nonlocal calls
             calls += 1
             tighter = replace(rule, delta=rule.delta / calls) if hasattr(rule, "delta") else rule
-            return cppo.token_loss(batch, tighter(batch))
+            return cppo.token_loss(batch, tighter(batch).coefficient)
 
         return judge
 
@@ -250,7 +250,7 @@ class KeptOnly(Core):
         def judge(batch: cppo.TokenBatch) -> Tensor:
             verdict = rule(batch)
             share = (verdict.coefficient != 0).sum() / batch.mask.sum()
-            return cppo.token_loss(batch, verdict) / share.clamp(min=1e-6)
+            return cppo.token_loss(batch, verdict.coefficient) / share.clamp(min=1e-6)
 
         return judge
 

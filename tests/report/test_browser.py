@@ -259,7 +259,7 @@ def test_names_roles_and_order(opened, page):
     assert "over the token limit" in held.get_attribute("aria-label") or "prefix budget" in held.get_attribute(
         "aria-label"
     )
-    reasons = ("towards", "token_limit", "prefix_budget", "sequence_limit", "ratio_clip")
+    reasons = ("towards", "token_limit", "prefix_budget", "sequence_limit", "ratio_clip", "clamped")
     styles = {tab.evaluate(UNDERLINE, name) for name in reasons}
     assert len(styles) == 5, "reasons differ by their underline, not by colour alone"
 

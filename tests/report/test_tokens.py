@@ -86,7 +86,7 @@ def test_the_page_can_tell_every_coefficient(dump, name):
     """As templates/tokens.js does: c where given, else 0 for held-back tokens, else the ratio."""
     rule = cppo.make_rule(name) if name != "cppo" else cppo.CPPO(divergence="binary_tv")
     verdict = rule(dump.packed(Scores(dump).asked_for(rule)[1]))
-    held = (Reason.TOKEN_LIMIT, Reason.PREFIX_BUDGET, Reason.SEQUENCE_LIMIT, Reason.RATIO_CLIP)
+    held = (Reason.TOKEN_LIMIT, Reason.PREFIX_BUDGET, Reason.SEQUENCE_LIMIT, Reason.RATIO_CLIP, Reason.CLAMPED)
     for row, response in enumerate(encoded(dump, [Judge(name, rule)], "run")):
         given = response["verdicts"][0]
         start = int(dump.cu_seqlens[row])

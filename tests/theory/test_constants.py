@@ -64,7 +64,6 @@ def test_every_number_is_its_functions(T: int, schedule: str, w_min: float, delt
         ("cppo", "rule (8): Prop. 8"): closed(theory.theorem_1, sum_holds, slack=delta),
         ("cppo", "rule (8): tightest (LP)"): tightest(rule=True),
         ("cppo", "rule (8): tightest product (LP)"): tightest(rule=True, form="product"),
-        **{(name, "none"): None for name in ("ppo_clip", "minpro", "cispo", "none")},
     }
     if schedule == "linear":
         own = theory.own_lengths(T, delta, delta_b, w_min, xi=xi, slack=delta)

@@ -209,12 +209,14 @@ def bound(
         return
     if horizon is None:
         raise UserError("give --horizon T, the tokens of the longest response (such as 8192), or --run RUN.")
-    from cppo.rules.base import rule_class
+    from cppo.rules.base import RULES, rule_class
 
     for name in rule or ():
         rule_class(name)  # an unknown name is an error that lists the rules
     settings = {"horizon": horizon, "delta": delta, "delta_b": delta_b, "w_min": w_min, "xi": xi, "schedule": schedule}
     constants = theory.constants(horizon, delta, delta_b, w_min, xi=xi, schedule=schedule)
+    bounded = {row.rule for row in constants}
+    constants += [Constant(n, "none", "-", None, r.unbounded) for n, r in RULES.items() if n not in bounded]
     constants = [row for row in constants if not rule or row.rule in rule]
     found = conditions(horizon, delta, delta_b, w_min, schedule)
     costs = theory.compare_schedules(horizon, delta, delta_b, w_min=w_min, xi=xi) if schedules else []

@@ -83,7 +83,7 @@ def _found(name: str, entry: Mapping[str, Any]) -> tuple[str, ...]:
     if entry["problem"]:
         return "-", given, "-", "-"
     thresholds = " ".join(f"{key}={value:.4g}" for key, value in entry["thresholds"].items())
-    share = f"{entry['share']:.2%}{' clamped' if name in ('cispo', 'minpro') else ''}"
+    share = f"{entry['share']:.2%}{' clamped' if set(entry['reasons']) == {'clamped'} else ''}"
     reasons = [f"{reason.replace('_', ' ')} {part:.2%}" for reason, part in entry["reasons"].items()]
     return thresholds, given, share, ", ".join(reasons) if len(reasons) > 1 else "-"
 

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 #: Rows of the table by position.
 SHOWN = 12
-REASONS = ("towards", "token_limit", "prefix_budget", "sequence_limit", "ratio_clip")
 
 
 #: The dump of `cppo inspect` and `cppo calibrate`.
@@ -177,13 +176,17 @@ def _positions(report: Mapping[str, Any]) -> Cells:
 
 
 def _rules(report: Mapping[str, Any]) -> Cells:
-    columns = ("rule", "D_t", "masked", *(reason.replace("_", " ") for reason in REASONS), "responses hit")
+    from cppo.rules import Reason
+    from cppo.rules.base import HELD
+
+    reasons = [reason.key for reason in (Reason.TOWARDS, *HELD)]
+    columns = ("rule", "D_t", "masked", *(reason.replace("_", " ") for reason in reasons), "responses hit")
     rows = []
     for name, row in report["rules"].items():
-        shares = [row["masked"], *(row["reasons"][reason] for reason in REASONS), row["responses_with_masked"]]
+        shares = [row["masked"], *(row["reasons"][reason] for reason in reasons), row["responses_with_masked"]]
         rows.append((name, row["divergence"] or "-", *(f"{share:.2%}" if share else "-" for share in shares)))
     caption = (
-        "masked: coefficient 0; cispo and minpro clamp the weight instead (ratio clip). "
+        "masked: coefficient 0; some rules clamp the weight instead. "
         "towards: over a limit, but kept, since it moves back to mu."
     )
     return Cells("What each rule would do (shares of the loss tokens)", columns, rows, text=2, caption=caption)

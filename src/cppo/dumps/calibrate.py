@@ -20,11 +20,9 @@ from cppo.dumps.inspect import last_update
 from cppo.dumps.scores import Scores
 from cppo.errors import UserError
 from cppo.rules import DPPO, PPOClip, Reason, TrustRegion, make_rule
-from cppo.rules.base import rule_class
-from cppo.thresholds import LIMITS, Sample, Unreachable, check_automatic, held_back, solve
+from cppo.rules.base import held_back, rule_class
+from cppo.thresholds import Sample, Unreachable, check_automatic, solve
 
-#: Thresholds that are left at their default where nobody asks for them: CISPO bounds the ratio from above alone.
-LEFT_ALONE = {"cispo": ("ratio_min",)}
 #: Clip ranges at which that side of PPO's clip holds nothing back.
 OPEN = {"eps_low": 1 - 1e-6, "eps_high": 1e6}
 
@@ -35,17 +33,16 @@ def thresholds_asked(name: str, given: Mapping[str, Any]) -> tuple[list[str], di
 
     Raises
     ------
-    ValueError : an unknown rule, or "auto" for what is no threshold. UserError : nothing is left to solve for.
+    ValueError : an unknown rule, or "auto" for what is not a threshold. UserError : nothing is left to solve for.
     """
-    rule_class(name)
+    rule = rule_class(name)
     asked = check_automatic(name, given)
     fixed = {key: value for key, value in given.items() if key not in asked}
     if not asked:
-        asked = [key for key in LIMITS.get(name, {}) if key not in fixed and key not in LEFT_ALONE.get(name, ())]
-        if name == "cppo" and fixed.get("prefix_budget") is False and "delta_b" in asked:
-            asked.remove("delta_b")
+        idle = rule.idle_limits(fixed)
+        asked = [key for key, limit in rule.limits.items() if limit.by_default and key not in {*fixed, *idle}]
     if not asked:
-        has = ", ".join(LIMITS.get(name, {}))
+        has = ", ".join(rule.limits)
         raise UserError(f"rule {name} has {f'no threshold left: {has} are given' if has else 'no threshold'}.")
     return asked, fixed
 
@@ -116,9 +113,9 @@ def _solved(rule: TrustRegion, asked: list[str], sample: Sample, target: float) 
         return {"thresholds": None, "share": None, "reasons": None, "problem": str(problem)}
     solved = replace(rule, **solution.thresholds)  # type: ignore[type-var]
     verdict = solved(sample.batch)
-    held = held_back(solved, sample.batch, verdict)
+    held = held_back(verdict.reason)
     reasons = {
-        Reason(code).name.lower(): float(sample.weight[held & (verdict.reason == code)].sum())
+        Reason(code).key: float(sample.weight[held & (verdict.reason == code)].sum())
         for code in verdict.reason[held].unique().tolist()
     }
     return {"thresholds": solution.thresholds, "share": solution.share, "reasons": reasons, "problem": None}
@@ -151,7 +148,7 @@ def translate(samples: Mapping[str, Sample], reference: str, delta: float) -> di
     if reference not in samples:
         raise UserError(f"the reference is {reference!r}, and there are {', '.join(samples) or 'no divergences'}.")
     sample, rule = samples[reference], DPPO(delta=delta)
-    dropped = held_back(rule, sample.batch, rule(sample.batch))
+    dropped = held_back(rule(sample.batch).reason)
     share = float(sample.weight[dropped].sum())
     if share == 0:
         raise UserError(

@@ -120,11 +120,9 @@ def judge(rule: TrustRegion, dump: Dump, divergence: Array | None) -> Judged:
         inside = batch.loss_mask
         parts["dropped"].append((verdict.coefficient == 0)[inside])
         parts["reason"].append(verdict.reason[inside])
-        if isinstance(rule, CPPO) and verdict.delta_b is not None and verdict.divergence is not None:
-            weight, before, _ = rule.position_weights(batch)
-            spent = batch.layout.exclusive_cumsum(weight * verdict.divergence) + weight * verdict.divergence
-            budget = verdict.delta_b[torch.from_numpy(block.owner)]
-            parts["share"].append((spent / (rule.delta + budget * before))[inside])
+        account = rule.account(batch, verdict)
+        if account is not None and account.allowance is not None:
+            parts["share"].append((account.spent / account.allowance)[inside])
             parts["delta_b"].append(verdict.delta_b)
             parts["budget_used"].append(verdict.budget_used)
     joined: dict[str, Any] = {name: torch.cat(found).numpy() if found else None for name, found in parts.items()}

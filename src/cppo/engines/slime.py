@@ -29,7 +29,6 @@ from torch import Tensor
 from cppo.engines.support import TrustRegionLoss, check_version, loss_from_settings, require_parameters, steady_metrics
 from cppo.errors import UserError
 from cppo.objective import token_loss
-from cppo.rules import Verdict
 from cppo.tokens import TokenBatch
 
 #: slime is installed from its repository; the interface of this version is what the adapter was written for.
@@ -95,7 +94,7 @@ def loss(
         mine = [cp_utils.slice_log_prob_with_cp(c, *pair) for c, pair in zip(pieces, pairs, strict=True)]
     coefficient = torch.cat(mine)
     here = TokenBatch(policy, rollout, advantages, coefficient != 0, cu_seqlens=edges.new_tensor([0, len(policy)]))
-    value = sum_of_sample_mean(token_loss(here, Verdict(coefficient, coefficient)))
+    value = sum_of_sample_mean(token_loss(here, coefficient))
     if not policy.numel():  # a context-parallel process without a response token must run backward all the same
         value = value + 0 * logits.sum()
     unit = sum_of_sample_mean(torch.ones_like(policy).detach())

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -147,14 +147,12 @@ class TrustRegionLoss:
     max_on_policy_divergence : the largest mean D_t of the first batch that this object sees. Before the first optimizer
         step pi = mu, so D_t there is the mismatch between sampler and trainer; None: do not look.
     hint : what to set when the first batch's divergence is too large (engine-specific).
-    form : see `cppo.token_loss`.
     """
 
     rule: TrustRegion
     engine: str
     max_on_policy_divergence: float | None = 0.03
     hint: str = "Look at temperature (1 in sampler and trainer), top-p/top-k (off) and numeric precision."
-    form: Literal["detached", "ratio"] = "detached"
     first: bool = field(default=True, init=False)
 
     def __call__(self, batch: TokenBatch) -> Judged:
@@ -176,7 +174,7 @@ class TrustRegionLoss:
             check_on_policy(
                 stats.get("trust/first_update_divergence"), self.max_on_policy_divergence, self.engine, self.hint
             )
-        return Judged(token_loss(batch, verdict, self.form), verdict, stats)
+        return Judged(token_loss(batch, verdict.coefficient), verdict, stats)
 
 
 def check_on_policy(divergence: float | None, limit: float, engine: str, hint: str) -> None:

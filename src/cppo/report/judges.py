@@ -14,14 +14,12 @@ import numpy as np
 from cppo.dumps.dump import Array, Dump
 from cppo.dumps.scores import Scores
 from cppo.report.source import Source
-from cppo.rules import CISPO, CPPO, RULES, PPOClip, Reason, TrustRegion, make_rule
-from cppo.study.compare import TOKEN_LIMITS
+from cppo.rules import CPPO, RULES, Reason, TrustRegion, make_rule
 
 #: Rules at most: an ablation has hundreds of variants.
 MOST = 16
 #: A coefficient that differs by less is what the reason alone says.
 CLOSE = 2e-4
-HELD_BACK = (Reason.TOKEN_LIMIT, Reason.PREFIX_BUDGET, Reason.SEQUENCE_LIMIT, Reason.RATIO_CLIP)
 
 
 @dataclass(frozen=True)
@@ -38,10 +36,8 @@ class Judge:
         found: dict[str, Any] = {"label": self.label, "rule": self.rule.name, "parameters": shown}
         if self.variant is not None:
             found["variant"] = self.variant
-        if isinstance(self.rule, PPOClip):
-            found["ratio"] = [1 - self.rule.eps_low, 1 + self.rule.eps_high]
-        elif isinstance(self.rule, CISPO):
-            found["ratio"] = [self.rule.ratio_min, self.rule.ratio_max]
+        if (ratios := self.rule.ratio_range()) is not None:
+            found["ratio"] = list(ratios)
         return found
 
 
@@ -56,7 +52,7 @@ def judges_of(source: Source) -> list[Judge]:
         rule = next((run.rule for run in source.of(variant) if run.rule is not None), None)
         if rule is not None and len(found) < MOST:
             found.append(Judge(variant, rule, variant))
-    own = next((judge.rule for judge in found if judge.rule.name in TOKEN_LIMITS), None)
+    own = next((judge.rule for judge in found if judge.rule.limits_tokens), None)
     for name in sorted(RULES, key=lambda name: name != CPPO.name):  # cppo first, where it was not run
         if name == "none" or len(found) >= MOST or any(judge.rule.name == name for judge in found):
             continue
@@ -65,7 +61,7 @@ def judges_of(source: Source) -> list[Judge]:
 
 
 def _default(name: str, own: TrustRegion | None) -> TrustRegion:
-    if own is None or name not in TOKEN_LIMITS:
+    if own is None or not RULES[name].limits_tokens:
         return make_rule(name)
     taken = own.parameters()
     return make_rule(name, **{key: taken[key] for key in ("divergence", "delta")})
@@ -96,13 +92,11 @@ def judge_tokens(rule: TrustRegion, dump: Dump, scores: Scores) -> Judged:
     batch = dump.packed(D)
     verdict = rule(batch)
     weight = left = None
-    if isinstance(rule, CPPO) and verdict.divergence is not None:
-        w, before, _ = rule.position_weights(batch)
-        weight = w.numpy()
-        if verdict.delta_b is not None:
-            charge = w * verdict.divergence * batch.loss_mask
-            delta_b = verdict.delta_b.numpy()[dump.owner]
-            left = rule.delta + delta_b * before.numpy() - batch.layout.exclusive_cumsum(charge).numpy()
+    if (account := rule.account(batch, verdict)) is not None and verdict.divergence is not None:
+        weight = account.weight.numpy()
+        if account.allowance is not None:
+            spent_before = account.spent - account.weight * verdict.divergence * batch.loss_mask
+            left = (account.allowance - spent_before).numpy()
     threshold = None if verdict.threshold is None else verdict.threshold.numpy()
     N = len(dump.mask)
     return Judged(
@@ -122,7 +116,7 @@ def recorded(judged: Judged, rows: Iterable[Mapping[str, Any]]) -> Judged:
 
     A token within rounding of its limit may be judged otherwise from the file: what happened in training counts.
     """
-    codes = {code.name.lower(): int(code) for code in Reason}
+    codes = {code.key: int(code) for code in Reason}
     reasons, coefficients, thresholds = list[int](), list[float](), list[float]()
     for row in rows:
         length = len(row["reason"])

@@ -24,9 +24,10 @@ from cppo.report.charts import Chart, Section
 from cppo.report.curves import training_charts
 from cppo.report.dumps import dump_report
 from cppo.report.source import Source
-from cppo.report.tokens import REASON_CODES, TokenData, token_data
+from cppo.report.tokens import TokenData, token_data
 from cppo.report.trust import result_chart, trust_section
-from cppo.runs.samples import REASONS, printable
+from cppo.rules import Reason
+from cppo.runs.samples import printable
 
 #: The largest page, in bytes.
 LIMIT = 5_000_000
@@ -134,7 +135,7 @@ def _data(report: Report) -> dict[str, Any]:
         "charts": [chart.as_json() for chart in report.charts],
         "variants": report.source.variants,
         "tokens": report.tokens.as_json(),
-        "reasons": [{"name": name, "words": REASONS[name][0]} for name in REASON_CODES],
+        "reasons": [{"name": code.key, "words": code.caption, "held": code.held} for code in Reason],
     }
 
 

@@ -23,9 +23,10 @@ from cppo.errors import UserError
 from cppo.files import read_jsonl
 from cppo.report.charts import Chart, short, short_one
 from cppo.report.curves import Curve, Metric, chart_of
-from cppo.report.judges import CLOSE, HELD_BACK, Judge, Judged, judge_tokens, judges_of, recorded
+from cppo.report.judges import CLOSE, Judge, Judged, judge_tokens, judges_of, recorded
 from cppo.report.source import RunFiles, Source
 from cppo.rules import Reason, TrustRegion
+from cppo.rules.base import HELD
 from cppo.runs.samples import printable
 
 #: Tokens of a response on the page; a browser draws so many at once without a pause.
@@ -210,7 +211,7 @@ def _candidates(
     measured = dict(scores.of(kind) for kind in ("tv", "kl"))
     head: dict[str, Any] = {"run": run, "variant": variant, "own": own, "main": list(measured).index(scores.main()[0])}
     head |= {} if extra is None else {"extra": extra.as_json()}
-    held = np.isin(verdicts[own if own is not None else 0].reason, HELD_BACK)
+    held = np.isin(verdicts[own if own is not None else 0].reason, HELD)
     found = []
     for row, length in enumerate(dump.lengths.tolist()):
         low = int(dump.cu_seqlens[row])
@@ -291,7 +292,7 @@ def _verdict(judged: Judged, names: Sequence[str], dump: Dump, cut: slice, row: 
         if value is not None:
             found[key] = short_one(float(value[row]))
     ratio = np.exp(dump.policy_logp[cut] - dump.rollout_logp[cut])
-    expected = np.where(np.isin(reason, HELD_BACK), 0.0, ratio)
+    expected = np.where(np.isin(reason, HELD), 0.0, ratio)
     given = np.where(np.isnan(judged.coefficient[cut]), expected, judged.coefficient[cut])
     other = mask & (np.abs(given - expected) > CLOSE * np.maximum(1, np.abs(expected)))
     if other.any():
@@ -300,4 +301,4 @@ def _verdict(judged: Judged, names: Sequence[str], dump: Dump, cut: slice, row: 
 
 
 #: Words of the reasons by code, for the page.
-REASON_CODES = [code.name.lower() for code in Reason]
+REASON_CODES = [code.key for code in Reason]

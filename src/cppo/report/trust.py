@@ -111,8 +111,8 @@ def _by_reason(source: Source) -> Chart | None:
         "",
         "share of loss tokens",
         "percent",
-        "Mean over the updates of finished runs that had a loss token. ratio clip or clamp: dropped by ppo_clip, its "
-        "weight clamped by cispo and minpro.",
+        "Mean over the updates of finished runs that had a loss token. A clamped token is not dropped: its weight is "
+        "bounded.",
         zero=True,
         layers=tuple(layers),
         x=variants,
@@ -139,7 +139,7 @@ def _over_steps(run: RunFiles) -> Chart | None:
         "step" + (f" (means of {width})" if width > 1 else ""),
         "share of loss tokens",
         "percent",
-        "Mean over the updates of a step. A clamped token (cispo, minpro) counts here although it is not dropped.",
+        "Mean over the updates of a step. A clamped token counts here although it is not dropped.",
         zero=True,
         layers=tuple(layers),
         x=labels,

@@ -9,6 +9,8 @@ from typing import Any
 from cppo.config import yaml_io
 from cppo.report.curves import by_step
 from cppo.report.source import FINISHED, RunFiles, Source
+from cppo.rules import Reason
+from cppo.rules.base import HELD
 from cppo.runs.records import before_and_after, benchmarks, best_evaluation, judged
 from cppo.show.progress import duration
 from cppo.show.tables import Cells
@@ -245,7 +247,7 @@ def dump_tables(report: Mapping[str, Any]) -> list[Cells]:
     tables = [Cells("The dump", ("", ""), tuple(facts))]
     rules = report["rules"]
     if rules:
-        reasons = ("token_limit", "prefix_budget", "sequence_limit", "ratio_clip", "towards")
+        reasons = [reason.key for reason in (*HELD, Reason.TOWARDS)]
         rows = tuple(
             (name, row["divergence"] or "-", _share(row["masked"]), *(_share(row["reasons"][r]) for r in reasons))
             for name, row in rules.items()

@@ -14,13 +14,15 @@ import dataclasses
 import enum
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
 from cppo.divergence import DIVERGENCES, binary_kl, binary_tv
+from cppo.rules.limits import Limit
 from cppo.tokens import TokenBatch
 from cppo.words import nearest
 
@@ -33,8 +35,62 @@ class Reason(enum.IntEnum):
     TOKEN_LIMIT = 2  #: its own divergence exceeds the token limit
     PREFIX_BUDGET = 3  #: the divergence of its prefix has used up the budget
     SEQUENCE_LIMIT = 4  #: its whole response is rejected
-    RATIO_CLIP = 5  #: ppo_clip: dropped by the ratio; cispo, minpro: its weight is clamped
-    OUTSIDE = 6  #: not a loss token
+    RATIO_CLIP = 5  #: dropped by its ratio
+    CLAMPED = 6  #: its weight is clamped, not dropped
+    OUTSIDE = 7  #: not a loss token
+
+    @property
+    def key(self) -> str:
+        """Its name in files and metrics: "token_limit"."""
+        return self.name.lower()
+
+    @property
+    def caption(self) -> str:
+        """What it says of a token, for people."""
+        return _CAPTIONS[self]
+
+    @property
+    def held(self) -> bool:
+        """Whether it holds a token back: the rule has changed the token's gradient."""
+        return self not in (Reason.KEPT, Reason.TOWARDS, Reason.OUTSIDE)
+
+
+_CAPTIONS = {
+    Reason.KEPT: "kept",
+    Reason.TOWARDS: "over a limit but kept (moves back to the rollout policy)",
+    Reason.TOKEN_LIMIT: "over the token limit",
+    Reason.PREFIX_BUDGET: "prefix budget used up",
+    Reason.SEQUENCE_LIMIT: "over the sequence limit",
+    Reason.RATIO_CLIP: "ratio out of its range (dropped)",
+    Reason.CLAMPED: "ratio out of its range (weight clamped)",
+    Reason.OUTSIDE: "not a loss token",
+}
+
+#: The reasons that hold a token back.
+HELD = tuple(reason for reason in Reason if reason.held)
+
+
+def held_back(reason: Tensor) -> Tensor:
+    """Where a rule holds a token back (bool, shape of `reason`): dropped, or faded or clamped by rules that do that."""
+    held = torch.zeros_like(reason, dtype=torch.bool)
+    for code in HELD:
+        held |= reason == int(code)
+    return held
+
+
+@dataclass(frozen=True, eq=False)
+class Account:
+    """How a rule with a prefix budget sees each token; shapes of the tokens, without gradient.
+
+    Attributes
+    ----------
+    weight : w_t. spent : S_t = sum_{j<=t} w_j D_j. allowance : delta + delta_b W_{t-1}, what S_t may be; None where the
+        budget is switched off.
+    """
+
+    weight: Tensor
+    spent: Tensor
+    allowance: Tensor | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,8 +106,8 @@ class Verdict:
         whatever the sign of the advantage; TRM keeps a response whose tokens all are); same units as `divergence`,
         broadcastable against tokens; below zero where the others have overdrawn the budget. None for rules of the
         ratio.
-    delta_b : prefix budget a token in use, one a sequence (``[B]`` or ``[S]``); None without prefix budget.
-    budget_used : S_T / (delta + delta_b W_{T-1}), one a sequence: above 1 the response overdrew its budget.
+    delta_b : prefix budget per token in use, one per sequence (``[B]`` or ``[S]``); None without prefix budget.
+    budget_used : S_T / (delta + delta_b W_{T-1}), one per sequence: above 1 the response overdrew its budget.
     capped : where `ratio_cap` cut the ratio; None without cap.
     """
 
@@ -75,6 +131,14 @@ class TrustRegion(ABC):
     divergence: str | None = None
     #: Upper bound of the ratio in the coefficient; None for no bound.
     ratio_cap: float | None = None
+    #: Thresholds that can be calibrated. Of two that are both asked for, the first takes half of the target.
+    limits: ClassVar[Mapping[str, Limit]] = {}
+    #: Whether `delta` limits each token's divergence: one delta then means the same in all such rules.
+    limits_tokens: bool = False
+    #: Names that the field uses for this rule with certain parameters.
+    aliases: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    #: Why the theory has no bound for it, where it has none (`cppo bound`).
+    unbounded: str = "no statement of the theory is about this rule"
 
     @torch.no_grad()
     def __call__(self, batch: TokenBatch) -> Verdict:
@@ -90,33 +154,18 @@ class TrustRegion(ABC):
     def judge(self, batch: TokenBatch) -> Verdict:
         """The rule itself; called without gradient."""
 
-    @torch.no_grad()
-    def bracket(self, batch: TokenBatch, lower: Tensor, upper: Tensor) -> tuple[Verdict, Verdict]:
-        """Two verdicts between which every verdict lies whose D_t are in [lower_t, upper_t]: (permissive, strict).
-
-        For every D with lower <= D <= upper at all loss tokens: strict c_t <= c_t(D) <= permissive c_t. So a token
-        whose coefficient is the same at both ends is decided, whatever its D_t and those of the others are.
-
-        Here: the verdicts on `lower` and on `upper`. That is right for rules whose c_t never increases with any D_s,
-        and trivially for rules without a divergence. A rule for which a larger D_s can help another token (CPPO, whose
-        adaptive budget grows with D) must give its own. A custom rule that is neither gets wrong decisions from
-        `cppo.scoring.adaptive_for_rule`.
-
-        Parameters
-        ----------
-        lower, upper : shape of the tokens, lower <= upper; outside the mask anything. The batch's own divergence is
-            not looked at.
-        """
-        return self.judge(batch.with_divergence(lower)), self.judge(batch.with_divergence(upper))
-
-    def pivotal(self, batch: TokenBatch, lower: Tensor, upper: Tensor) -> Tensor | None:
-        """Loss tokens (bool, shape of the tokens) whose D_t, within [lower_t, upper_t], moves a limit of the whole
-        response by its rank and not as a summand (CPPO's quantile); None: the rule has no such limit.
-
-        Only `cppo.scoring.adaptive_for_rule` asks, to choose what to resolve: a wrong answer costs time, never
-        correctness.
-        """
+    def account(self, batch: TokenBatch, verdict: Verdict) -> Account | None:
+        """Weights and prefix budget behind a verdict; None for rules without them."""
         return None
+
+    def ratio_range(self) -> tuple[float, float] | None:
+        """The ratios that count in full; None for rules that do not look at the token's ratio."""
+        return None
+
+    @classmethod
+    def idle_limits(cls, parameters: Mapping[str, Any]) -> Mapping[str, str]:
+        """Those of `limits` that have no effect with some parameters, and why."""
+        return {}
 
     def parameters(self) -> dict[str, Any]:
         """The rule's parameters by name, as given."""
@@ -146,6 +195,36 @@ class TrustRegion(ABC):
             return ratio, None
         capped = ratio > self.ratio_cap
         return ratio.clamp_(max=self.ratio_cap), capped
+
+    # -- for `adaptive_tv` alone: skip it at first ----------------------------------------------------------------
+
+    @torch.no_grad()
+    def bracket(self, batch: TokenBatch, lower: Tensor, upper: Tensor) -> tuple[Verdict, Verdict]:
+        """Two verdicts between which every verdict lies whose D_t are in [lower_t, upper_t]: (permissive, strict).
+
+        For every D with lower <= D <= upper at all loss tokens: strict c_t <= c_t(D) <= permissive c_t. So a token
+        whose coefficient is the same at both ends is decided, whatever its D_t and those of the others are.
+
+        Here: the verdicts on `lower` and on `upper`. That is right for rules whose c_t never increases with any D_s,
+        and trivially for rules without a divergence. A rule for which a larger D_s can help another token (CPPO, whose
+        adaptive budget grows with D) must give its own. A custom rule that is neither gets wrong decisions from
+        `cppo.scoring.adaptive_for_rule`.
+
+        Parameters
+        ----------
+        lower, upper : shape of the tokens, lower <= upper; outside the mask anything. The batch's own divergence is
+            not looked at.
+        """
+        return self.judge(batch.with_divergence(lower)), self.judge(batch.with_divergence(upper))
+
+    def pivotal(self, batch: TokenBatch, lower: Tensor, upper: Tensor) -> Tensor | None:
+        """Loss tokens (bool, shape of the tokens) whose D_t, within [lower_t, upper_t], moves a limit of the whole
+        response by its rank and not as a summand (CPPO's quantile); None: the rule has no such limit.
+
+        Only `cppo.scoring.adaptive_for_rule` asks, to choose what to resolve: a wrong answer costs time, never
+        correctness.
+        """
+        return None
 
 
 def moves_away(advantages: Tensor, log_ratio: Tensor) -> Tensor:
@@ -184,7 +263,7 @@ def require_cap(rule: str, ratio_cap: Any) -> None:
         require(ratio_cap > 1, f"{rule}: ratio_cap is {ratio_cap!r}, expected a number above 1, or none.")
 
 
-#: Rules by name.
+#: Rules by name, sorted: lists of rules are read by people.
 RULES: dict[str, type[TrustRegion]] = {}
 
 R = TypeVar("R", bound=type[TrustRegion])
@@ -196,8 +275,9 @@ def register(cls: R) -> R:
         bool(cls.name) and cls.name not in RULES, f"a rule named {cls.name!r} exists already, or the name is empty."
     )
     RULES[cls.name] = cls
-    for name in sorted(RULES):  # lists of rules are read by people
-        RULES[name] = RULES.pop(name)
+    ordered = {name: RULES[name] for name in sorted(RULES)}
+    RULES.clear()
+    RULES.update(ordered)
     return cls
 
 

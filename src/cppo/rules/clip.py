@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 
 from cppo.rules.base import Reason, TrustRegion, Verdict, register, require, require_positive
+from cppo.rules.limits import BELOW_ONE, Limit
 from cppo.tokens import TokenBatch
+
+#: Why the theory says nothing about these rules.
+BY_RATIO = "limits the ratio of sampled tokens, which bounds no divergence"
 
 
 @register
@@ -21,6 +27,7 @@ class NoTrustRegion(TrustRegion):
 
     name = "none"
     source = "importance-weighted policy gradient"
+    unbounded = "no limit"
 
     def judge(self, batch: TokenBatch) -> Verdict:
         mask = batch.loss_mask
@@ -49,6 +56,9 @@ class PPOClip(TrustRegion):
 
     name = "ppo_clip"
     source = "Schulman et al. 2017 (1707.06347) Eq. 7; clip-higher: DAPO (2503.14476); dual clip: 1912.09729"
+    limits: ClassVar[Mapping[str, Limit]] = {"eps_high": Limit(), "eps_low": BELOW_ONE}
+    aliases: ClassVar[Mapping[str, Mapping[str, Any]]] = {"grpo": {"eps_low": 0.2, "eps_high": 0.28}}
+    unbounded = BY_RATIO
 
     def __post_init__(self) -> None:
         require_positive(self.name, eps_low=self.eps_low, eps_high=self.eps_high)
@@ -58,6 +68,9 @@ class PPOClip(TrustRegion):
         if self.dual_clip is not None:
             require_positive(self.name, dual_clip=self.dual_clip)
             require(self.dual_clip > 1, f"ppo_clip: dual_clip is {self.dual_clip!r}, expected above 1, or none.")
+
+    def ratio_range(self) -> tuple[float, float]:
+        return 1 - self.eps_low, 1 + self.eps_high
 
     def judge(self, batch: TokenBatch) -> Verdict:
         mask, advantages = batch.loss_mask, batch.token_advantages()
@@ -86,6 +99,11 @@ class CISPO(TrustRegion):
 
     name = "cispo"
     source = "MiniMax-M1 (2506.13585) Eq. 4-5"
+    limits: ClassVar[Mapping[str, Limit]] = {
+        "ratio_max": Limit(1.0),
+        "ratio_min": Limit(1.0, -1.0, 1.0, by_default=False),
+    }
+    unbounded = BY_RATIO
 
     def __post_init__(self) -> None:
         require_positive(self.name, ratio_max=self.ratio_max)
@@ -95,6 +113,9 @@ class CISPO(TrustRegion):
             f"< ratio_max.",
         )
 
+    def ratio_range(self) -> tuple[float, float]:
+        return self.ratio_min, self.ratio_max
+
     def judge(self, batch: TokenBatch) -> Verdict:
         mask = batch.loss_mask
         ratio, _ = self.capped_ratio(batch.log_ratio(), mask)
@@ -103,8 +124,8 @@ class CISPO(TrustRegion):
 
 
 def clamp_reason(clamped: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """RATIO_CLIP where a weight was clamped, else KEPT; OUTSIDE beyond the mask."""
-    reason = torch.where(clamped, int(Reason.RATIO_CLIP), int(Reason.KEPT))
+    """CLAMPED where a weight was clamped, else KEPT; OUTSIDE beyond the mask."""
+    reason = torch.where(clamped, int(Reason.CLAMPED), int(Reason.KEPT))
     return torch.where(mask, reason, int(Reason.OUTSIDE)).to(torch.uint8)
 
 
@@ -123,6 +144,8 @@ class MinPRO(TrustRegion):
 
     name = "minpro"
     source = "MinPRO (2601.22718), soft objective; checked against secondary sources only"
+    limits: ClassVar[Mapping[str, Limit]] = {"eps_high": Limit(), "eps_low": BELOW_ONE}
+    unbounded = BY_RATIO
 
     def __post_init__(self) -> None:
         require_positive(self.name, eps_low=self.eps_low, eps_high=self.eps_high)

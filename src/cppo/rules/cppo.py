@@ -1,16 +1,17 @@
-"""Rules that look at the prefix: CPPO (position weights and a prefix budget) and MinPRO (the smallest earlier
-ratio).
-"""
+"""CPPO: position weights and a prefix budget."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from cppo.rules.base import (
+    Account,
     Reason,
     TrustRegion,
     Verdict,
@@ -22,6 +23,7 @@ from cppo.rules.base import (
     require_positive,
 )
 from cppo.rules.gates import Gate, resolve
+from cppo.rules.limits import Limit
 from cppo.rules.weights import SHAPES, linear_prefix_weight, linear_weights, shuffled_position
 from cppo.tokens import TokenBatch
 from cppo.words import nearest
@@ -36,11 +38,13 @@ class CPPO(TrustRegion):
 
         w_t = 1 - (1 - w_min) (t - 1)/(T - 1)              w_1 = 1, w_T = w_min; T = 1: w_1 = 1    (Eq. 9)
         Z_t = w_t D_t,   S_t = sum_{j<=t} Z_j,   W_t = sum_{j<=t} w_j
-        c_t = min(delta, delta + delta_b W_{t-1} - S_{t-1})                                        (Eq. 8)
-        M_t = 1 if A_t (rho_t - 1) <= 0 or Z_t <= c_t, else 0                                      (Eq. 10)
-        coefficient_t = M_t min(rho_t, ratio_cap)                                                  (Eq. 11)
+        tau_t = min(delta, delta + delta_b W_{t-1} - S_{t-1})                                      (Eq. 8)
+        M_t = 1 if A_t (rho_t - 1) <= 0 or Z_t <= tau_t, else 0                                    (Eq. 10)
+        c_t = M_t min(rho_t, ratio_cap)                                                            (Eq. 11)
 
-    S and W run over every loss token, kept or rejected: a rejected token has drifted all the same. c_t may be
+    (The paper writes c_t for the token limit tau_t; here c_t is the coefficient, as in every rule.)
+
+    S and W run over every loss token, kept or rejected: a rejected token has drifted all the same. tau_t may be
     negative; then only moves towards mu are kept. The adaptive budget sets, per response, from the unweighted
     D_1..D_T (Eq. 22)::
 
@@ -50,7 +54,7 @@ class CPPO(TrustRegion):
     ----------
     delta : limit of a token, in units of D (0.15 for TV; 0.2 for large MoE models; 0.1 nats for KL). Always in (0,
         inf).
-    delta_b : prefix budget a token: "fixed" takes it as it is (0.015 for post-trained models), "adaptive" as the
+    delta_b : prefix budget per token: "fixed" takes it as it is (0.015 for post-trained models), "adaptive" as the
         minimum (0.02 for base models). At least 0. The paper's bound beats the uniform rule's where delta_b < delta
         w_min.
     budget : "adaptive" or "fixed".
@@ -59,7 +63,7 @@ class CPPO(TrustRegion):
         t)/(T - 1)); "reversed", linear from w_min to 1; "shuffled", the linear weights re-assigned at random within
         each response. The assignment depends on `seed`, the position and log mu(y_t) only, so it is the same in every
         update of a rollout batch and under any padding, packing or splitting.
-    prefix_budget : False leaves the token limit alone: c_t = delta.
+    prefix_budget : False leaves the token limit alone: tau_t = delta.
     gate : soft gate instead of the hard mask (Eq. 19-20): "reciprocal", "sapo" or an admissible function of x; None:
         hard.
     divergence : which D_t (see `cppo.divergence`).
@@ -84,37 +88,11 @@ class CPPO(TrustRegion):
 
     name = "cppo"
     source = "CPPO (2606.10968v2) Eq. 8-11, 19-20, 22; Algorithm 1"
+    limits: ClassVar[Mapping[str, Limit]] = {"delta": Limit(), "delta_b": Limit()}
+    limits_tokens = True
 
     def __post_init__(self) -> None:
-        require_positive(
-            self.name,
-            delta=self.delta,
-            w_min=self.w_min,
-            quantile_scale=self.quantile_scale,
-            budget_max=self.budget_max,
-        )
-        require(self.w_min <= 1, f"cppo: w_min is {self.w_min!r}, expected in (0, 1] (the weight of the last token).")
-        ok = isinstance(self.delta_b, int | float) and math.isfinite(self.delta_b) and self.delta_b >= 0
-        require(
-            ok, f"cppo: delta_b is {self.delta_b!r}, expected a number of at least 0 (budget a token, in units of D)."
-        )
-        require(self.budget_max >= 1, f"cppo: budget_max is {self.budget_max!r}, expected at least 1 (times delta_b).")
-        ok = isinstance(self.quantile, int | float) and 0 <= self.quantile <= 1
-        require(ok, f"cppo: quantile is {self.quantile!r}, expected in [0, 1].")
-        for name, value, known in (
-            ("budget", self.budget, ("adaptive", "fixed")),
-            ("weights", self.weights, ("linear", "none", "shuffled", *SHAPES)),
-        ):
-            message = f"cppo: {name} is {value!r}, expected one of {', '.join(known)}.{nearest(value, known)}"
-            require(value in known, message)
-        require(
-            isinstance(self.prefix_budget, bool),
-            f"cppo: prefix_budget is {self.prefix_budget!r}, expected true or false.",
-        )
-        require(isinstance(self.seed, int), f"cppo: seed is {self.seed!r}, expected an integer.")
-        require_divergence(self.name, self.divergence)
-        require_cap(self.name, self.ratio_cap)
-        resolve(self.gate)
+        _check(self)
 
     def position_weights(self, batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:
         """w_t and W_{t-1} for each token, and W_{T-1} of its sequence (broadcastable). Outside the mask w is
@@ -147,34 +125,6 @@ class CPPO(TrustRegion):
         divergence = self.token_divergence(batch)
         return self._judge(batch, divergence, budget_from=divergence)
 
-    @torch.no_grad()
-    def bracket(self, batch: TokenBatch, lower: Tensor, upper: Tensor) -> tuple[Verdict, Verdict]:
-        """(permissive, strict); see `TrustRegion.bracket`.
-
-        c_t falls with every Z and S but rises with the adaptive budget, which grows with D. So each end takes Z and S
-        from one end of the intervals and delta_b from the other. With D the truth: S(lower) <= S(D) <= S(upper) and,
-        a quantile and its clamp never decreasing in any D_s, delta_b(lower) <= delta_b(D) <= delta_b(upper).
-        """
-        low, high = (self.token_divergence(batch.with_divergence(end)) for end in (lower, upper))
-        return self._judge(batch, low, budget_from=high), self._judge(batch, high, budget_from=low)
-
-    @torch.no_grad()
-    def pivotal(self, batch: TokenBatch, lower: Tensor, upper: Tensor) -> Tensor | None:
-        """Tokens whose D_t may be one of the two that the quantile of the adaptive budget interpolates between; None
-        for a fixed budget. See `TrustRegion.pivotal`.
-        """
-        if self.budget == "fixed" or not self.prefix_budget:
-            return None
-        layout, mask = batch.layout, batch.loss_mask
-        low, high = batch.clean(lower), batch.clean(upper)
-        least, most = (layout.quantile(end, mask, self.quantile) for end in (low, high))
-        budgets = (self.sequence_budget(batch, end) for end in (low, high))
-        uncertain = torch.ne(*budgets)  # else the clamp has made them equal
-        # The lower of the two is at least the largest end below the quantile of the lower ends; likewise above.
-        first = layout.maximum(torch.where(mask & (low <= least), low, 0))
-        last = -layout.maximum(torch.where(mask & (high >= most), -high, -math.inf))
-        return mask & uncertain & (high >= first) & (low <= last)
-
     def _judge(self, batch: TokenBatch, divergence: Tensor, budget_from: Tensor) -> Verdict:
         """The rule on D_t = `divergence`, with the adaptive budget of another D_t; both clean outside the mask."""
         layout, mask = batch.layout, batch.loss_mask
@@ -187,7 +137,7 @@ class CPPO(TrustRegion):
         weight, weight_before, weight_all = self.position_weights(batch)
         charge = weight * divergence  # Z_t
         budget_used = excess = None
-        limit = torch.full_like(charge[..., :1], self.delta)  # c_t
+        limit = torch.full_like(charge[..., :1], self.delta)  # tau_t
         if delta_b is not None:
             spent_before = layout.exclusive_cumsum(charge)  # S_{t-1}
             allowance = weight_before.mul_(delta_b).add_(self.delta)  # delta + delta_b W_{t-1}
@@ -217,3 +167,81 @@ class CPPO(TrustRegion):
         reason.masked_fill_(~mask, int(Reason.OUTSIDE))
         threshold = limit.div_(weight) if self.prefix_budget else limit / weight
         return Verdict(coefficient, reason, divergence, threshold, delta_b, budget_used, capped)
+
+    @torch.no_grad()
+    def account(self, batch: TokenBatch, verdict: Verdict) -> Account | None:
+        """w_t, S_t and delta + delta_b W_{t-1} behind a verdict on `batch`."""
+        if verdict.divergence is None:
+            return None
+        weight, before, _ = self.position_weights(batch)
+        charge = weight * verdict.divergence * batch.loss_mask
+        spent = batch.layout.exclusive_cumsum(charge) + charge
+        budget = self.sequence_budget(batch, verdict.divergence) if self.prefix_budget else None
+        return Account(weight.expand_as(charge), spent, None if budget is None else self.delta + budget * before)
+
+    @classmethod
+    def idle_limits(cls, parameters: Mapping[str, Any]) -> Mapping[str, str]:
+        if parameters.get("prefix_budget") is False:
+            return {"delta_b": "prefix_budget=false switches the budget off"}
+        return {}
+
+    # -- for `adaptive_tv` alone: skip it at first ----------------------------------------------------------------
+
+    @torch.no_grad()
+    def bracket(self, batch: TokenBatch, lower: Tensor, upper: Tensor) -> tuple[Verdict, Verdict]:
+        """(permissive, strict); see `TrustRegion.bracket`.
+
+        tau_t falls with every Z and S but rises with the adaptive budget, which grows with D. So each end takes Z and S
+        from one end of the intervals and delta_b from the other. With D the truth: S(lower) <= S(D) <= S(upper) and,
+        a quantile and its clamp never decreasing in any D_s, delta_b(lower) <= delta_b(D) <= delta_b(upper).
+        """
+        low, high = (self.token_divergence(batch.with_divergence(end)) for end in (lower, upper))
+        return self._judge(batch, low, budget_from=high), self._judge(batch, high, budget_from=low)
+
+    @torch.no_grad()
+    def pivotal(self, batch: TokenBatch, lower: Tensor, upper: Tensor) -> Tensor | None:
+        """Tokens whose D_t may be one of the two that the quantile of the adaptive budget interpolates between; None
+        for a fixed budget. See `TrustRegion.pivotal`.
+        """
+        if self.budget == "fixed" or not self.prefix_budget:
+            return None
+        layout, mask = batch.layout, batch.loss_mask
+        low, high = batch.clean(lower), batch.clean(upper)
+        least, most = (layout.quantile(end, mask, self.quantile) for end in (low, high))
+        budgets = (self.sequence_budget(batch, end) for end in (low, high))
+        uncertain = torch.ne(*budgets)  # else the clamp has made them equal
+        # The lower of the two is at least the largest end below the quantile of the lower ends; likewise above.
+        first = layout.maximum(torch.where(mask & (low <= least), low, 0))
+        last = -layout.maximum(torch.where(mask & (high >= most), -high, -math.inf))
+        return mask & uncertain & (high >= first) & (low <= last)
+
+
+def _check(rule: CPPO) -> None:
+    """Refuse parameters that are out of range; the first one that is."""
+    require_positive(
+        rule.name,
+        delta=rule.delta,
+        w_min=rule.w_min,
+        quantile_scale=rule.quantile_scale,
+        budget_max=rule.budget_max,
+    )
+    require(rule.w_min <= 1, f"cppo: w_min is {rule.w_min!r}, expected in (0, 1] (the weight of the last token).")
+    ok = isinstance(rule.delta_b, int | float) and math.isfinite(rule.delta_b) and rule.delta_b >= 0
+    require(ok, f"cppo: delta_b is {rule.delta_b!r}, expected a number of at least 0 (budget a token, in units of D).")
+    require(rule.budget_max >= 1, f"cppo: budget_max is {rule.budget_max!r}, expected at least 1 (times delta_b).")
+    ok = isinstance(rule.quantile, int | float) and 0 <= rule.quantile <= 1
+    require(ok, f"cppo: quantile is {rule.quantile!r}, expected in [0, 1].")
+    for name, value, known in (
+        ("budget", rule.budget, ("adaptive", "fixed")),
+        ("weights", rule.weights, ("linear", "none", "shuffled", *SHAPES)),
+    ):
+        message = f"cppo: {name} is {value!r}, expected one of {', '.join(known)}.{nearest(value, known)}"
+        require(value in known, message)
+    require(
+        isinstance(rule.prefix_budget, bool),
+        f"cppo: prefix_budget is {rule.prefix_budget!r}, expected true or false.",
+    )
+    require(isinstance(rule.seed, int), f"cppo: seed is {rule.seed!r}, expected an integer.")
+    require_divergence(rule.name, rule.divergence)
+    require_cap(rule.name, rule.ratio_cap)
+    resolve(rule.gate)

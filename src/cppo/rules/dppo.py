@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -16,6 +18,7 @@ from cppo.rules.base import (
     require_divergence,
     require_positive,
 )
+from cppo.rules.limits import Limit
 from cppo.tokens import TokenBatch
 
 
@@ -39,6 +42,8 @@ class DPPO(TrustRegion):
 
     name = "dppo"
     source = "DPPO (2602.04879) Eq. 12-16"
+    limits: ClassVar[Mapping[str, Limit]] = {"delta": Limit()}
+    limits_tokens = True
 
     def __post_init__(self) -> None:
         require_positive(self.name, delta=self.delta)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from cppo.rules.base import Reason, TrustRegion, Verdict, register, require_divergence, require_positive
+from cppo.rules.limits import Limit
 from cppo.tokens import TokenBatch
 
 
@@ -46,6 +49,7 @@ class TRMMax(TrustRegion):
 
     name = "trm_max"
     source = "TRM (2512.23075), maximum criterion"
+    limits: ClassVar[Mapping[str, Limit]] = {"delta": Limit()}
 
     def __post_init__(self) -> None:
         require_positive(self.name, delta=self.delta)
@@ -67,6 +71,7 @@ class TRMAvg(TrustRegion):
 
     name = "trm_avg"
     source = "TRM (2512.23075), average criterion"
+    limits: ClassVar[Mapping[str, Limit]] = {"delta": Limit()}
 
     def __post_init__(self) -> None:
         require_positive(self.name, delta=self.delta)
@@ -89,6 +94,7 @@ class TRMMaxAvg(TrustRegion):
 
     name = "trm_max_avg"
     source = "TRM (2512.23075), both criteria"
+    limits: ClassVar[Mapping[str, Limit]] = {"delta": Limit(), "delta_avg": Limit()}
 
     def __post_init__(self) -> None:
         require_positive(self.name, delta=self.delta, delta_avg=self.delta_avg)

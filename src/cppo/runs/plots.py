@@ -41,7 +41,8 @@ REASONS = {
     "token_limit": ("token limit", RED, ""),
     "prefix_budget": ("prefix budget", ORANGE, "//"),
     "sequence_limit": ("sequence limit", PURPLE, "\\\\"),
-    "ratio_clip": ("ratio clip or clamp", SKY, ".."),
+    "ratio_clip": ("ratio clip", SKY, ".."),
+    "clamped": ("clamped", SKY, "xx"),
 }
 FEW_TOKENS = 10  # a mean of fewer tokens says little: such buckets are left out where others have more
 

@@ -59,15 +59,6 @@ POSITIONS_FILE = "positions.jsonl"
 SAMPLES_FOLDER = "samples"
 
 
-# reasons that change the token's gradient; `towards` exceeds a limit and is kept all the same
-HELD_BACK = (Reason.TOKEN_LIMIT, Reason.PREFIX_BUDGET, Reason.SEQUENCE_LIMIT, Reason.RATIO_CLIP)
-
-
-def reason_name(code: int) -> str:
-    """The reason's name in files and metrics: "kept", "towards", "token_limit", ..., "outside"."""
-    return Reason(code).name.lower()
-
-
 def append_metrics(folder: str | Path, *rows: Mapping[str, Any]) -> None:
     """Append rows to `folder`/metrics.jsonl; NaN and infinity become null.
 
@@ -96,7 +87,7 @@ def judged(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     as 0. In any other each token has one reason, so the shares of the reasons sum to 1 (averaged over micro-batches: to
     more than 0).
     """
-    names = [f"trust/{reason_name(code)}_fraction" for code in Reason if code != Reason.OUTSIDE]
+    names = [f"trust/{code.key}_fraction" for code in Reason if code != Reason.OUTSIDE]
     return [
         row
         for row in rows

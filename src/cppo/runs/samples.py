@@ -17,20 +17,26 @@ from rich.console import Console
 from rich.text import Text
 
 from cppo.files import read_jsonl
+from cppo.rules import Reason
+from cppo.rules.base import HELD
 
 Record = Mapping[str, Any]
 
-# in the order of the legend: reason -> (words, terminal style); styles differ in more than hue
+#: Reason by its name in files -> (words, terminal style), in the order of the legend; styles differ in more than hue.
 REASONS: dict[str, tuple[str, str]] = {
-    "kept": ("kept", ""),
-    "towards": ("over a limit but kept (moves back to the rollout policy)", "green"),
-    "token_limit": ("over the token limit", "bold white on red"),
-    "prefix_budget": ("prefix budget used up", "bold black on yellow"),
-    "sequence_limit": ("over the sequence limit", "bold white on magenta"),
-    "ratio_clip": ("ratio out of its range (dropped or clamped)", "bold black on cyan"),
-    "outside": ("not a loss token", "dim"),
+    reason.key: (reason.caption, style)
+    for reason, style in {
+        Reason.KEPT: "",
+        Reason.TOWARDS: "green",
+        Reason.TOKEN_LIMIT: "bold white on red",
+        Reason.PREFIX_BUDGET: "bold black on yellow",
+        Reason.SEQUENCE_LIMIT: "bold white on magenta",
+        Reason.RATIO_CLIP: "bold black on cyan",
+        Reason.CLAMPED: "underline black on bright_cyan",
+        Reason.OUTSIDE: "dim",
+    }.items()
 }
-HELD_BACK = ("token_limit", "prefix_budget", "sequence_limit", "ratio_clip")
+HELD_BACK = frozenset(reason.key for reason in HELD)
 
 
 def read_samples(folder: str | Path, step: int | None = None) -> list[dict[str, Any]]:

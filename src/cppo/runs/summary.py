@@ -17,9 +17,11 @@ from typing import Any
 import yaml
 
 from cppo.files import atomic_write_text, read_jsonl
+from cppo.rules import Reason
+from cppo.rules.base import HELD
 from cppo.runs.calibration import CALIBRATION_FILE, show
 from cppo.runs.records import before_and_after, benchmarks, best_evaluation, judged
-from cppo.runs.samples import REASONS, legend, mark_response, pick_response, printable, read_samples
+from cppo.runs.samples import legend, mark_response, pick_response, printable, read_samples
 from cppo.show.progress import duration
 from cppo.show.tables import Cells
 
@@ -187,13 +189,13 @@ def _trust(rows: Sequence[Row]) -> str:
         return "-" if value is None else f"{value:.4g}"
 
     lines = [("tokens held back (masked fraction)", share(mean("trust/masked_fraction")))]
-    for reason in ("token_limit", "prefix_budget", "sequence_limit", "ratio_clip"):
-        value = mean(f"trust/{reason}_fraction")
+    for reason in HELD:
+        value = mean(f"trust/{reason.key}_fraction")
         if value:
-            lines.append((f"- {REASONS[reason][0]}", share(value)))
+            lines.append((f"- {reason.caption}", share(value)))
     towards = mean("trust/towards_fraction")
     if towards:
-        lines.append((f"tokens {REASONS['towards'][0]}", share(towards)))
+        lines.append((f"tokens {Reason.TOWARDS.caption}", share(towards)))
     highest = max(_values(train, "trust/divergence_max"), default=None)
     parts = [number(mean("trust/divergence_mean")), number(mean("trust/divergence_p90")), number(highest)]
     lines.append(("divergence: mean / p90 (means over updates) / largest", " / ".join(parts)))

@@ -32,12 +32,14 @@ from cppo.study.results import Results, read_results
 from cppo.study.runner import Runner
 from cppo.words import nearest
 
-#: Names that the field uses for a rule with certain parameters.
-ALIASES: dict[str, tuple[str, ...]] = {"grpo": ("rule=ppo_clip", "rule.eps_low=0.2", "rule.eps_high=0.28")}
+#: Names that the field uses for a rule with certain parameters, and the settings that they stand for.
+ALIASES: dict[str, tuple[str, ...]] = {
+    alias: (f"rule={name}", *(f"rule.{key}={value}" for key, value in parameters.items()))
+    for name, rule in RULES.items()
+    for alias, parameters in rule.aliases.items()
+}
 #: The rows of the paper's Table 1.
 TABLE_1 = ("grpo", "minpro", "cispo", "dppo", "trm_max", "trm_avg", "cppo")
-#: Rules whose `delta` limits a token's divergence, so that one delta means the same in all of them.
-TOKEN_LIMITS = ("dppo", "cppo")
 
 RESULTS_FILE = "results.json"
 TABLE_FILE = "table.md"
@@ -81,7 +83,7 @@ def rule_variants(recipe: str, settings: Sequence[str], rules: Sequence[str]) ->
         made = list(start)
         if name == base.rule.name:
             made += about_rule
-        elif name in TOKEN_LIMITS and base.rule.name in TOKEN_LIMITS:
+        elif RULES[name].limits_tokens and RULES[base.rule.name].limits_tokens:
             made += [f"rule.{key}={base.rule.parameters[key]}" for key in ("divergence", "delta")]
         variants.append(Variant(label, (*made, *own[label])))
     return shared, variants

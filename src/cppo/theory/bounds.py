@@ -110,7 +110,7 @@ def theorem_1(
 
     Parameters
     ----------
-    largest : L = max_t c_t / w_t, c_t the token limit of w_t D_t. weights : w_1..w_T, default all 1. slack : eta.
+    largest : L = max_t tau_t / w_t, tau_t the token limit of w_t D_t. weights : w_1..w_T, default all 1. slack : eta.
 
     Raises
     ------
@@ -143,7 +143,7 @@ def corollary_7(horizon: int, delta: float, delta_b: float, w_min: float, *, xi:
 
 
 def implemented_rule(horizon: int, delta: float, delta_b: float, w_min: float, *, xi: float = 1.0) -> float:
-    """2 xi T (T - 1) L delta_b + 4 xi L (T - 1) delta with L = delta / w_min: rule (8), whose limit c_t leaves the
+    """2 xi T (T - 1) L delta_b + 4 xi L (T - 1) delta with L = delta / w_min: rule (8), whose limit tau_t leaves the
     prefix constraints a slack of delta (Prop. 8; w_1 = 1).
     """
     at_most_1(w_min=w_min)

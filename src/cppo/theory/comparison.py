@@ -51,7 +51,7 @@ def constants(
     w = make_schedule(schedule, T, w_min)
     L = min(delta / float(w.min()), 1.0)
     token, prefix = "w_t D_t <= delta", "S_m <= delta_b W_m"
-    both, rule = f"{token}, {prefix}", "w_t D_t <= c_t (8)"
+    both, rule = f"{token}, {prefix}", "w_t D_t <= tau_t (8)"
 
     rows = [
         Constant("dppo", "uniform (Sec. 3)", "D_t <= delta", bounds.uniform(T, delta, xi=xi)),
@@ -96,6 +96,4 @@ def constants(
                 bounds.own_lengths(T, delta, delta_b, w_min, xi=xi, slack=delta),
             )
         )
-    ratio = "limits the ratio of sampled tokens, which bounds no divergence"
-    rows += [Constant(name, "none", "-", None, ratio) for name in ("ppo_clip", "minpro", "cispo")]
-    return [*rows, Constant("none", "none", "-", None, "no limit")]
+    return rows

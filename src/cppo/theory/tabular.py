@@ -30,7 +30,7 @@ class Constraints:
 
     delta : w_t D_t <= delta for all t.
     delta_b : S_m <= delta_b W_m for m = 1..T-1 (the prefix constraints of Theorem 1).
-    rule_delta_b : with that delta, no token is beyond c_t of rule (8): S_t <= delta + rule_delta_b W_{t-1}.
+    rule_delta_b : with that delta, no token is beyond tau_t of rule (8): S_t <= delta + rule_delta_b W_{t-1}.
     slack : with rule_delta_b, S_m <= rule_delta_b W_m + slack for m = 1..T-1 (Prop. 8; at most delta).
     """
 

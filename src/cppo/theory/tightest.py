@@ -36,8 +36,8 @@ class Tightest:
 def prefix_budgets(weights: Any, delta: float, delta_b: float, *, rule: bool = False, slack: float = 0.0) -> Array:
     """B_1..B_T, upper limits of S_m = sum_{t<=m} w_t D_t. float64 ``[T]``.
 
-    Theorem 1: delta_b W_m + slack, and nothing new at m = T (delta more than at T - 1). rule: c_t of rule (8), that is
-    S_t <= delta + delta_b W_{t-1}.
+    Theorem 1: delta_b W_m + slack, and nothing new at m = T (delta more than at T - 1). rule: tau_t of rule (8), that
+    is S_t <= delta + delta_b W_{t-1}.
     """
     w = weights_of(weights, horizon_of(len(weights)))
     above_0(delta=delta)

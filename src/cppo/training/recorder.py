@@ -22,9 +22,10 @@ from torch import Tensor
 from cppo import files
 from cppo.engines.trl.batch import BASELINE, GROUP, REWARD, TOKENS
 from cppo.rules import Reason, Verdict
+from cppo.rules.base import held_back
 from cppo.runs.certificates import CERTIFICATES_FILE, certificate_row
 from cppo.runs.positions import by_position, rounded
-from cppo.runs.records import HELD_BACK, POSITIONS_FILE, reason_name, samples_path, truncate_records
+from cppo.runs.records import POSITIONS_FILE, samples_path, truncate_records
 from cppo.tokens import TokenBatch
 
 
@@ -134,14 +135,12 @@ class RunRecorder:
         updates = sorted(self._counts)
         table = torch.stack([self._counts[update] for update in updates]).tolist()
         row["tokens"] = [sum(counts) - counts[Reason.OUTSIDE] for counts in table]
-        row["reasons"] = {
-            reason_name(code): [counts[code] for counts in table] for code in Reason if code != Reason.OUTSIDE
-        }
+        row["reasons"] = {code.key: [counts[code] for counts in table] for code in Reason if code != Reason.OUTSIDE}
         masks = [call.mask.cpu() for call in self._calls]
         # positions are 0-based here and count loss tokens, never columns
         positions = torch.cat([(mask.cumsum(-1) - 1)[mask] for mask in masks])
         reasons = torch.cat([call.reason.cpu()[mask] for call, mask in zip(self._calls, masks, strict=True)])
-        held = torch.isin(reasons.long(), torch.tensor(HELD_BACK)).double()
+        held = held_back(reasons).double()
         scores = [call.divergence for call in self._calls]
         values = None
         if all(score is not None for score in scores):
@@ -151,10 +150,9 @@ class RunRecorder:
         return row | by_position(positions, values, held)
 
     def _samples(self, step: int) -> list[dict[str, Any]]:
-        codes = torch.tensor(HELD_BACK)
         order: list[tuple[bool, int, int]] = []
         for number, call in enumerate(self._calls):
-            held = torch.isin(call.reason.cpu().long(), codes).any(-1)
+            held = held_back(call.reason.cpu()).any(-1)
             order += [(not flag, number, row) for row, flag in enumerate(held.tolist())]
         # first the first rows in which a token is held back, then the first of the others
         chosen = sorted(order)[: self.count]
@@ -201,7 +199,7 @@ class RunRecorder:
             "ids": ids,
             "tokens": self._pieces.split(ids),
             "mask": mask[:length].int().tolist() if width else [],
-            "reason": [reason_name(code) for code in call.reason[row][:length].tolist()],
+            "reason": [Reason(code).key for code in call.reason[row][:length].tolist()],
             "coefficient": numbers(call.coefficient),
             "divergence": numbers(call.divergence),
             "threshold": numbers(call.threshold),

@@ -271,7 +271,7 @@ def test_vllm_log_probabilities_are_the_anchor(rule: str) -> None:
     torch.testing.assert_close(loss, want, rtol=1e-4, atol=1e-7)
     logp = log_softmax(run.model, inputs).gather(-1, inputs["completion_ids"][..., None])[..., 0]
     direct = cppo.TokenBatch(logp, batch.rollout_logp, inputs["advantages"], mask)
-    explicit = cppo.token_loss(direct, verdict).sum() / mask.shape[0] / run.max_completion_length
+    explicit = cppo.token_loss(direct, verdict.coefficient).sum() / mask.shape[0] / run.max_completion_length
     mine, reference = gradients(run.model, loss), gradients(run.model, explicit)
     for name, gradient in reference.items():
         torch.testing.assert_close(mine[name], gradient, rtol=2e-3, atol=1e-6, msg=name)

@@ -54,7 +54,7 @@ def test_train_with_every_rule(rule: str, kind: str | None) -> None:
     run.train()
     logs = [entry for entry in run.state.log_history if "trust/masked_fraction" in entry]
     assert updates == [0, 1, 2, 3, 0, 1, 2, 3] and len(logs) == 8
-    held = [max(entry["trust/masked_fraction"], entry["trust/ratio_clip_fraction"]) for entry in logs]
+    held = [max(entry["trust/masked_fraction"], entry["trust/clamped_fraction"]) for entry in logs]
     for first in (0, 4):
         assert held[first] == 0
         assert logs[first]["trust/ratio_max"] == pytest.approx(1, abs=1e-3)

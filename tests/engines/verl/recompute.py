@@ -165,7 +165,7 @@ def assert_metrics(update: Update, responses: list[Response], divergence: bool) 
         "ratio_mean": sum(math.exp(r.policy_logp[t] - r.rollout_logp[t]) for r, t in inside) / count,
         "ratio_max": max(math.exp(r.policy_logp[t] - r.rollout_logp[t]) for r, t in inside),
     }
-    for code in ("KEPT", "TOWARDS", "TOKEN_LIMIT", "PREFIX_BUDGET", "SEQUENCE_LIMIT", "RATIO_CLIP"):
+    for code in ("KEPT", "TOWARDS", "TOKEN_LIMIT", "PREFIX_BUDGET", "SEQUENCE_LIMIT", "RATIO_CLIP", "CLAMPED"):
         number = getattr(reference, code)
         expected[f"{code.lower()}_fraction"] = sum(r.expected.reason[t] == number for r, t in inside) / count
     if divergence:

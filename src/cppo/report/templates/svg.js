@@ -128,7 +128,7 @@ function sign(slot, dashed) {
 // Hatches, so that stacked reasons differ in more than colour. Ids are the page's, so each chart has its own.
 let hatches = 0;
 function hatch(svg, name) {
-  const paths = { prefix_budget: "M0,6L6,0", sequence_limit: "M0,0L6,6", ratio_clip: "M3,0V6" };
+  const paths = { prefix_budget: "M0,6L6,0", sequence_limit: "M0,0L6,6", ratio_clip: "M3,0V6", clamped: "M0,3H6" };
   if (!paths[name]) return null;
   const id = `hatch${hatches++}`;
   const pattern = draw(draw(svg, "defs"), "pattern", { id, width: 6, height: 6, patternUnits: "userSpaceOnUse" });

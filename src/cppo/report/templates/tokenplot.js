@@ -3,7 +3,7 @@
 
 const CODES = DATA.reasons.map((r) => r.name);
 const WORDS = DATA.reasons.map((r) => r.words);
-const HELD = new Set(["token_limit", "prefix_budget", "sequence_limit", "ratio_clip"]);
+const HELD = new Set(DATA.reasons.filter((r) => r.held).map((r) => r.name));
 const reasonAt = (verdict, i) => CODES[Number(verdict.r[i])];
 const at = (values, i) => (Array.isArray(values) ? values[i] : values);
 

@@ -15,6 +15,7 @@ from rich.console import Group
 from rich.markup import escape
 
 from cppo import files
+from cppo.rules.base import HELD
 from cppo.runs.records import judged, read_metrics
 from cppo.show.figures import save_figure
 from cppo.study.ablate import figures, tables
@@ -28,7 +29,7 @@ RESULTS_FILE = "results.json"
 TABLE_FILE = "table.md"
 HARDLY = 0.02  # Avg@k before training under which there is next to nothing to reinforce
 #: Shares of the loss tokens that together are what a rule held back or clamped.
-HELD = tuple(f"trust/{name}_fraction" for name in ("token_limit", "prefix_budget", "sequence_limit", "ratio_clip"))
+HELD_SHARES = tuple(f"trust/{reason.key}_fraction" for reason in HELD)
 
 
 def read_all(plan: Plan) -> list[SuiteReport]:
@@ -123,7 +124,7 @@ def measured(plan: Plan, label_of: Mapping[str, str]) -> dict[str, list[float]]:
         calibration = getattr(run.config, "calibration", None)
         before = calibration.steps if calibration is not None else 0
         rows = [row for row in judged(read_metrics(plan.folder_of(run))) if int(row["step"]) > before]
-        shares = [sum(float(row.get(name) or 0.0) for name in HELD) for row in rows]
+        shares = [sum(float(row.get(name) or 0.0) for name in HELD_SHARES) for row in rows]
         if shares:
             found.setdefault(label, []).append(plain.fmean(shares))
     return found

@@ -11,22 +11,18 @@ from typing import Any
 
 from cppo.config.load import Config
 from cppo.errors import UserError
+from cppo.rules import RULES
 from cppo.study.ablate.frontier import frontier
 from cppo.study.ablate.suite import RULE, RULES_COMPARED, Base, Entry, Options, Suite, stale
 
 LENGTHS = (6, 12, 24, 48)
 STALENESS = (1, 2, 4, 8, 16)
 TARGETS = (0.003, 0.01, 0.03, 0.1)
-#: Parameters that bound how far a token may move, for each rule that has any: `auto` calibrates them to a target.
+#: Thresholds of each rule that has any, under the field's name for it: `auto` calibrates them to a target.
 THRESHOLDS: dict[str, tuple[str, ...]] = {
-    "grpo": ("eps_low", "eps_high"),
-    "minpro": ("eps_low", "eps_high"),
-    "cispo": ("ratio_max",),
-    "dppo": ("delta",),
-    "trm_max": ("delta",),
-    "trm_avg": ("delta",),
-    "trm_max_avg": ("delta", "delta_avg"),
-    RULE: ("delta", "delta_b"),
+    next(iter(rule.aliases), name): tuple(key for key, limit in rule.limits.items() if limit.by_default)
+    for name, rule in RULES.items()
+    if rule.limits
 }
 #: The paper's thresholds for total variation and for KL (its Table 3 and its ablation).
 PAPER_TV = {"delta": 0.15, "delta_b": 0.02}
