@@ -322,3 +322,8 @@ def remove_temporaries(folder: str | os.PathLike[str]) -> None:
         else:
             with contextlib.suppress(OSError):
                 entry.unlink()
+
+
+def rounded(value: float, digits: int = 6) -> float | None:
+    """`value` to `digits` significant digits (a third of the bytes in a file); None for NaN and infinity."""
+    return float(f"{value:.{digits}g}") if math.isfinite(value) else None

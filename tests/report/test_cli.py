@@ -10,10 +10,10 @@ import pytest
 
 from cppo.cli import report as cli_report
 from cppo.errors import UserError
-from cppo.report.charts import Section
 from cppo.report.figures import draw, draw_threshold, write_figures
 from cppo.report.page import build
 from cppo.report.source import open_source
+from cppo.show.charts import Section
 from said import said
 
 from .made import plan_of, write_run

@@ -133,7 +133,7 @@ def test_a_dump(study, tmp_path):
     text = out.read_text()
     assert EVIL not in text and len(data_of(text)["tokens"]["responses"]) == 4
     assert data_of(text)["tokens"]["judges"][0]["label"] == "cppo"
-    assert "What each rule would do" in text and "Divergence by position" in text
+    assert "What each rule would do" in text and "Where in a response the policy has left" in text
     without = [{key: value for key, value in row.items() if key != "advantage"} for row in rows]
     text = page_of(write_dump(tmp_path / "without.jsonl", without)).read_text()
     assert "there are no advantages" in words_of(text)

@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 from matplotlib.figure import Figure
-from PIL import Image
 
 import synthetic
 from cppo.files import atomic_write_text, read_jsonl
-from cppo.runs import plots
+from cppo.runs import charts, plots
 from cppo.runs.certificates import read_certificates
 from cppo.runs.records import append_metrics, best_evaluation
 from cppo.runs.summary import write_summary
@@ -25,13 +23,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return synthetic.write_run(tmp_path_factory.mktemp("run"), steps=24, updates=4)
 
 
-def check(paths: list[Path]) -> None:
-    assert [path.name for path in paths] == NAMES
-    for path in paths:
-        with Image.open(path) as image:
-            assert image.format == "PNG" and image.width >= 700 and image.height >= 400
-            assert np.asarray(image.convert("L")).std() > 3, f"{path.name} is blank"
-    assert sorted(p.name for p in paths[0].parent.iterdir()) == sorted(NAMES)  # no temporary files
+def check(folder: Path) -> None:
+    """There is a figure of each, with words. That a chart leaves ink is tested with the drawers."""
+    figures = plots.figures_of(folder)
+    assert [f"{name}.png" for name in figures] == NAMES and all(map(texts, figures.values()))
 
 
 def texts(figure: Figure) -> str:
@@ -45,7 +40,9 @@ def texts(figure: Figure) -> str:
 
 def test_plots_exist_and_are_made_again(run: Path) -> None:
     first = {path.name: path.read_bytes() for path in plots.write_plots(run)}
-    check([run / "plots" / name for name in NAMES])
+    check(run)
+    assert sorted(path.name for path in (run / "plots").iterdir()) == sorted(NAMES)  # no temporary files
+    assert all(data.startswith(b"\x89PNG") for data in first.values())
     (run / "plots" / "avg.png").write_bytes(b"broken")
     again = {path.name: path.read_bytes() for path in plots.write_plots(run)}
     assert first == again
@@ -66,19 +63,19 @@ def test_plots_say_what_one_sees(run: Path) -> None:
         "How far the surrogate can be trusted" in certificates and "bound of its error, from the ratios" in certificates
     )
     right = plots.draw_masked(rows).axes[1]
-    assert {round(bar.get_x() + bar.get_width() / 2) for bar in right.patches} == {1, 2, 3, 4}
+    assert [tick.get_text() for tick in right.get_xticklabels()] == ["1", "2", "3", "4"] and len(right.patches) == 8
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2])
 @pytest.mark.parametrize("name", ["cppo", "ppo_clip"])
 def test_short_runs(tmp_path: Path, steps: int, name: str) -> None:
     synthetic.write_run(tmp_path, steps=steps, updates=1, name=name)
-    check(plots.write_plots(tmp_path))
+    check(tmp_path)
     assert "skipped" in write_summary(tmp_path) or steps == 0
 
 
 def test_missing_data_is_said(tmp_path: Path) -> None:
-    check(plots.write_plots(tmp_path))
+    check(tmp_path)
     assert "No reward yet" in texts(plots.draw_reward([]))
     assert "No evaluation" in texts(plots.draw_avg([]))
     assert "No training update" in texts(plots.draw_masked([]))
@@ -104,8 +101,8 @@ def test_many_benchmarks_and_wide_responses(tmp_path: Path) -> None:
     wide = {"step": 2, "update": 7, "width": 2, "count": [10, 10], "sum": [1.0, 2.0], "tail_mean": [0.5, 0.6]}
     narrow = {"step": 1, "update": 7, "width": 1, "count": [30, 10], "sum": [1.0, 1.0], "tail_mean": [0.1, 0.1]}
     atomic_write_text(tmp_path / "positions.jsonl", json.dumps(narrow) + "\n" + json.dumps(wide) + "\n")
-    check(plots.write_plots(tmp_path))
-    pooled = plots.pool_positions([narrow, wide])
+    check(tmp_path)
+    pooled = charts.pool_positions([narrow, wide])
     assert pooled["position"].tolist() == [1, 3] and pooled["count"].tolist() == [50, 10]
     assert pooled["mean"] == pytest.approx([3 / 50, 0.2])
     assert pooled["tail_mean"] == pytest.approx([(40 * 0.1 + 10 * 0.5) / 50, 0.6])
@@ -154,7 +151,7 @@ def test_summary_has_everything(run: Path) -> None:
     ):
         assert part in text, part
     train = [row["trust/masked_fraction"] for row in read_jsonl(run / "metrics.jsonl") if row["kind"] == "train"]
-    assert f"| {np.mean(train):.2%} |" in text
+    assert f"| {sum(train) / len(train):.2%} |" in text
 
 
 def test_updates_without_a_token_are_no_update_in_which_nothing_was_held_back(tmp_path: Path) -> None:

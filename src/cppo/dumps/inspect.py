@@ -19,8 +19,9 @@ import torch
 from cppo.dumps.dump import Array, Dump
 from cppo.dumps.scores import Scores, certificate_of
 from cppo.errors import UserError
+from cppo.files import rounded
 from cppo.rules import CPPO, RULES, Reason, TrustRegion, make_rule
-from cppo.runs.positions import by_position, rounded
+from cppo.runs.positions import by_position
 
 #: Shares of the tokens that quantiles are given at.
 QUANTILES = (0.5, 0.9, 0.99)

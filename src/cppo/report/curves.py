@@ -1,4 +1,4 @@
-"""Curves over the steps of training: of one run as they are, of a study a line a variant with an interval over seeds.
+"""Curves over the steps of training: of one run as they are, of a study a line per variant with an interval over seeds.
 
 The band at a step is the percentile bootstrap of the mean over the finished runs' seeds, at the expanded level of
 `cppo.study.statistics` (95%); of two seeds it is simply the range. Long runs are drawn in at most `POINTS` equal
@@ -10,17 +10,17 @@ from __future__ import annotations
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from cppo.report.charts import Chart, Line, Section, Thin
 from cppo.report.source import RunFiles, Source
+from cppo.runs.charts import by_step, reward
 from cppo.runs.records import benchmarks, judged
+from cppo.show.charts import Chart, Line, Section, Thin
 from cppo.study.statistics import expanded_level
 
 Array = NDArray[np.float64]
@@ -59,7 +59,7 @@ TRAINING = (
         "tokens",
         "Mean tokens of a response in the rollouts of a step.",
     ),
-    Metric("entropy", "Entropy", "entropy", "nats a token", "Of the policy at sampled tokens, mean of the updates."),
+    Metric("entropy", "Entropy", "entropy", "nats per token", "Of the policy at sampled tokens, mean of the updates."),
 )
 TRUST = (
     Metric(
@@ -90,16 +90,6 @@ TRUST = (
         scale="log",
     ),
 )
-
-
-def by_step(rows: Sequence[Mapping[str, Any]], key: str) -> Curve:
-    """The mean of a column over the rows of each step; steps without a finite value are left out."""
-    values: dict[int, list[float]] = defaultdict(list)
-    for row in rows:
-        value = row.get(key)
-        if isinstance(value, int | float) and math.isfinite(value):
-            values[int(row["step"])].append(float(value))
-    return {step: sum(found) / len(found) for step, found in sorted(values.items())}
 
 
 def points_of(source: Source) -> int:
@@ -170,7 +160,7 @@ def line_of(source: Source, variant: str, read: Callable[[RunFiles], Curve], poi
 
 
 def chart_of(source: Source, metric: Metric, read: Callable[[RunFiles], Curve]) -> Chart | None:
-    """A chart with a line a variant; None where no run has any figure."""
+    """A chart with a line per variant; None where no run has any figure."""
     points = points_of(source)
     lines = [line for variant in source.variants if (line := line_of(source, variant, read, points)) is not None]
     if not lines:
@@ -198,7 +188,8 @@ def _scale(wanted: str, lines: Sequence[Line]) -> str:
 
 def training_charts(source: Source) -> Section:
     """Reward, Avg@k of each benchmark and their mean, response length, entropy."""
-    charts = [_from_training(source, REWARD), *_accuracies(source), *(_from_training(source, m) for m in TRAINING[1:])]
+    first = reward(source.runs[0].metrics) if source.kind == "run" else _from_training(source, REWARD)
+    charts = [first, *_accuracies(source), *(_from_training(source, m) for m in TRAINING[1:])]
     lead = (
         "A line is the mean over the finished seeds, its band the 95% bootstrap interval of that mean; thin lines are "
         "single seeds."
@@ -232,7 +223,7 @@ def _accuracies(source: Source) -> list[Chart]:
         what = "mean of the benchmarks" if name == "mean" else name
         caption = f"Share of right answers over the samples of the held-out problems, {what}."
         if len(counts) > 1:
-            caption += f" Samples a problem: {', '.join(map(str, counts))}, so points differ in noise."
+            caption += f" Samples per problem: {', '.join(map(str, counts))}, so points differ in noise."
         file = _file_name(name)  # two names may become one
         file += f"-{at}" if any(chart is not None and chart.name == f"avg-{file}" for chart in found) else ""
         metric = Metric(f"avg-{file}", f"Avg@{k}: {what}", f"avg/{name}", f"Avg@{k}", caption, "percent")

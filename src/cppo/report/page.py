@@ -20,7 +20,6 @@ from markupsafe import Markup
 
 from cppo.errors import UserError
 from cppo.report import words
-from cppo.report.charts import Chart, Section
 from cppo.report.curves import training_charts
 from cppo.report.dumps import dump_report
 from cppo.report.source import Source
@@ -28,6 +27,7 @@ from cppo.report.tokens import TokenData, token_data
 from cppo.report.trust import result_chart, trust_section
 from cppo.rules import Reason
 from cppo.runs.samples import printable
+from cppo.show.charts import Chart, Section
 
 #: The largest page, in bytes.
 LIMIT = 5_000_000

@@ -21,13 +21,13 @@ from cppo.dumps.inspect import last_update
 from cppo.dumps.scores import Scores
 from cppo.errors import UserError
 from cppo.files import read_jsonl
-from cppo.report.charts import Chart, short, short_one
 from cppo.report.curves import Curve, Metric, chart_of
 from cppo.report.judges import CLOSE, Judge, Judged, judge_tokens, judges_of, recorded
 from cppo.report.source import RunFiles, Source
 from cppo.rules import Reason, TrustRegion
 from cppo.rules.base import HELD
 from cppo.runs.samples import printable
+from cppo.show.charts import Chart, short, short_one
 
 #: Tokens of a response on the page; a browser draws so many at once without a pause.
 LONGEST = 3000

@@ -17,8 +17,8 @@ import numpy as np
 from torch import Tensor
 
 from cppo.engines.trl.batch import BASELINE, GROUP, REWARD, TOKENS
-from cppo.files import read_jsonl
-from cppo.runs.positions import bucket_width, rounded
+from cppo.files import read_jsonl, rounded
+from cppo.runs.positions import bucket_width
 from cppo.theory import Certificate, Positions, certificate
 
 CERTIFICATES_FILE = "certificates.jsonl"

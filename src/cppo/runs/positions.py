@@ -9,13 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cppo.files import rounded
+
 MAX_BUCKETS = 128
 TAIL_SHARE = 0.1
-
-
-def rounded(value: float, digits: int = 6) -> float | None:
-    """`value` to `digits` significant digits (a third of the bytes in a file); None for NaN and infinity."""
-    return float(f"{value:.{digits}g}") if math.isfinite(value) else None
 
 
 def bucket_width(longest: int) -> int:

@@ -26,6 +26,7 @@ from safetensors.torch import save
 from cppo import files
 from cppo.config.load import Config
 from cppo.errors import UserError
+from cppo.files import rounded
 from cppo.rules import TrustRegion, Verdict
 from cppo.runs.calibration import (
     CALIBRATION_FILE,
@@ -40,7 +41,6 @@ from cppo.runs.calibration import (
     show,
     write_calibration,
 )
-from cppo.runs.positions import rounded
 from cppo.thresholds import Unreachable, solve
 from cppo.tokens import TokenBatch
 from cppo.training.processes import from_all, from_main

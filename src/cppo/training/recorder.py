@@ -21,10 +21,11 @@ from torch import Tensor
 
 from cppo import files
 from cppo.engines.trl.batch import BASELINE, GROUP, REWARD, TOKENS
+from cppo.files import rounded
 from cppo.rules import Reason, Verdict
 from cppo.rules.base import held_back
 from cppo.runs.certificates import CERTIFICATES_FILE, certificate_row
-from cppo.runs.positions import by_position, rounded
+from cppo.runs.positions import by_position
 from cppo.runs.records import POSITIONS_FILE, samples_path, truncate_records
 from cppo.tokens import TokenBatch
 

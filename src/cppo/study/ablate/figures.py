@@ -1,4 +1,4 @@
-"""Figures of an ablation, PNG and SVG: intervals a configuration, courses of rules, maps.
+"""Figures of an ablation, PNG and SVG: intervals per configuration, courses of rules, maps.
 
 Colours are those of a run's plots (Okabe and Ito's; cividis for maps), no two lines differ in colour alone, and maps
 say their numbers. Where an interval is drawn it is the table's.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -16,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator, PercentFormatter
 
-from cppo.runs.plots import BLUE, GREY, LINES, RED
+from cppo.show.figures import BLUE, GREY, LINES, RED, below, frame, say
 from cppo.study.ablate.frontier import Frontier
 from cppo.study.ablate.suite import Suite
 from cppo.study.ablate.tables import marks
@@ -26,11 +25,6 @@ from cppo.study.statistics import Estimate
 STYLES = ("-", "--", "-.", ":")
 #: Those of a run's plots and two more, for eight rules.
 MARKED = (*LINES, ("black", "X"), (GREY, "*"))
-
-
-def _say(ax: Axes, text: str) -> None:
-    ax.set_axis_off()
-    ax.text(0.5, 0.5, text, transform=ax.transAxes, ha="center", va="center", color=GREY, fontsize=11)
 
 
 def _spread(estimate: Estimate) -> list[list[float]] | None:
@@ -48,10 +42,9 @@ def dots(results: Results, suite: Suite, difference: bool = False) -> Figure:
     figure = Figure(figsize=(7.2, 1.6 + 0.42 * max(len(done), 3)), layout="constrained")
     ax = figure.subplots()
     if not done:
-        _say(ax, "No run is finished yet.")
+        say(ax, "No run is finished yet.")
         return figure
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(axis="x", alpha=0.25, linewidth=0.6)
+    frame(ax, suite.question, "x")
     for at, variant in enumerate(done):
         estimate = variant.final_difference if difference else variant.final[MEAN]
         if estimate is None or estimate.value is None:
@@ -72,7 +65,6 @@ def dots(results: Results, suite: Suite, difference: bool = False) -> Figure:
     else:
         ax.xaxis.set_major_formatter(PercentFormatter(1.0))
         ax.set_xlabel(f"{score} ({spread})")
-    ax.set_title(suite.question, loc="left", fontsize=11)
     return figure
 
 
@@ -86,13 +78,11 @@ def lines(
     """A line a rule, with intervals. scale: "log2" or "share" of x; zero: draw a line at 0 (differences)."""
     figure = Figure(figsize=(7.2, 4.4), layout="constrained")
     ax = figure.subplots()
-    ax.set_title(title, loc="left", fontsize=11)
+    frame(ax, title)
     drawn = {name: points for name, points in series.items() if points}
     if not drawn:
-        _say(ax, "No run is finished yet.")
+        say(ax, "No run is finished yet.")
         return figure
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(axis="y", alpha=0.25, linewidth=0.6)
     _scaled(ax, scale, sorted({at for points in drawn.values() for at, _ in points}))
     for i, (name, points) in enumerate(drawn.items()):
         colour, marker = MARKED[i % len(MARKED)]
@@ -109,8 +99,7 @@ def lines(
     ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:+.0f}") if zero else PercentFormatter(1.0))
     ax.set_xlabel(x)
     ax.set_ylabel(y + (" (percentage points)" if zero else ""))
-    below: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14), "handlelength": 4}
-    ax.legend(frameon=False, fontsize=8.5, ncols=4, **below)
+    ax.legend(**below(ncols=4, handlelength=4))
     return figure
 
 
@@ -197,5 +186,5 @@ def frontier(found: Frontier) -> Figure:
         "framed: largest step at which it still learns;  + learns   ! half or more collapsed   x diverged   ? missing"
     )
     rates = Axis("learning rate", found.learning_rates)
-    updates = Axis("updates a rollout batch", [float(m) for m in found.updates])
+    updates = Axis("updates per rollout batch", [float(m) for m in found.updates])
     return maps(panels, rates, updates, "How large a step does each rule stand?", note)

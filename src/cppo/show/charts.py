@@ -1,4 +1,4 @@
-"""What a figure shows, before anyone draws it: the page (templates/chart.js) and matplotlib (figures.py) draw the same.
+"""What a figure shows, before anyone draws it: the report's page (chart.js) and matplotlib (`show.figures`) draw it.
 
 A `Chart` is plain numbers with words. `as_json` rounds to four significant digits, which is finer than any screen.
 """
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from cppo.runs.positions import rounded
+from cppo.files import rounded
 
 Numbers = Sequence[float | None]
 
@@ -31,7 +31,7 @@ class Thin:
 class Line:
     """A line over x ``[n]``, with its interval where there is one.
 
-    slot : number of its colour and dash, or the name of a reason. dashed : a second line of the same colour.
+    slot : number of its colour and dash, or "mean" (of the others: black). dashed : a second line of the same colour.
     """
 
     label: str
@@ -46,7 +46,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Layer:
-    """One reason of stacked bars: a value a bar."""
+    """One reason (`slot`) of stacked bars: a value per bar."""
 
     label: str
     slot: str
