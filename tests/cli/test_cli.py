@@ -111,7 +111,7 @@ def test_recipes(invoke):
         (["train", "deltaa=3", "steps=x"], ["2 problems", "rule.delta", "steps is 'x'"]),
         (["train", "task.familes=[a]"], ["families"]),
         (["evaluate", "./nowhere"], ["there is no folder ./nowhere"]),
-        (["evaluate", "model", "x"], ["'x' is no setting", "--recipe x"]),
+        (["evaluate", "model", "x"], ["'x' is not a setting", "--recipe x"]),
         (["evaluate", "steps=3"], ["expected a model first"]),
         (["evaluate", ".", "evaluation.samples=0"], ["evaluation.samples is 0"]),
         (["evaluate", ".", "--recipe", "arithmetik"], ["Did you mean 'arithmetic'?"]),

@@ -102,7 +102,7 @@ def test_a_torn_last_line_is_nothing(tmp_path, study):
         ("run", {"config.yaml": "- 1\n"}, "holds no configuration"),
         ("run", {"config.yaml": "a: [\n"}, "config.yaml"),
         ("run", {"metrics.jsonl": "{}\n"}, "config.yaml is missing"),
-        ("study", {"study.yaml": "study: 1\n"}, "is no plan of a study"),
+        ("study", {"study.yaml": "study: 1\n"}, "is not a plan of a study"),
         ("study", {"study.yaml": json.dumps({"study": 99})}, "is of version 99"),
     ],
 )

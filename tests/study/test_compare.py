@@ -137,7 +137,7 @@ def test_folders_that_are_no_study(tmp_path):
     with pytest.raises(UserError, match="there is no study"):
         load_plan(tmp_path)
     (tmp_path / "study.yaml").write_text("study: 1\nkind: compare\n")
-    with pytest.raises(UserError, match="no plan of a study"):
+    with pytest.raises(UserError, match="not a plan of a study"):
         load_plan(tmp_path)
 
 

@@ -175,7 +175,7 @@ def test_breakdown_by_benchmark():
     for r in records:
         r.best["b"] = r.final["b"] = 0.25
     names = [table.title for table in tables.cells(summarise("compare", ["cppo"], records))]
-    assert names[2:] == ["best Avg@16 a benchmark, in %", "final Avg@16 a benchmark, in %"]
+    assert names[2:] == ["best Avg@16 per benchmark, in %", "final Avg@16 per benchmark, in %"]
     breakdown = tables.cells(summarise("compare", ["cppo"], records))[2]
     assert breakdown.columns == ("", "a", "b", "mean") and breakdown.rows[0][2] == "25.0 [25.0, 25.0]"
 

@@ -88,6 +88,8 @@ Arguments = Annotated[
     ),
 ]
 Seeds = Annotated[int | None, typer.Option("--seeds", help="How many, from the recipe's on (default 5).")]
-Jobs = Annotated[int | None, typer.Option("--jobs", help="Runs at a time (default: half of the cores, or one a GPU).")]
+Jobs = Annotated[
+    int | None, typer.Option("--jobs", help="Runs at a time (default: half of the cores, or one per GPU).")
+]
 Resume = Annotated[Path | None, typer.Option("--resume", metavar="DIR", help="Go on with the study in this folder.")]
 Show = Annotated[Path | None, typer.Option("--show", metavar="DIR", help="Only print what that study has so far.")]

@@ -94,7 +94,7 @@ def evaluate(
 
     words, settings = split_arguments(overrides or [])
     if words is not None:
-        raise UserError(f"{words!r} is no setting: expected key=value. A recipe is given as --recipe {words}.")
+        raise UserError(f"{words!r} is not a setting: expected key=value. A recipe is given as --recipe {words}.")
     if "=" in model:
         raise UserError(f"{model!r} is a setting, expected a model first: cppo evaluate MODEL {model}.")
     folder, saved = locate(model)

@@ -30,7 +30,7 @@ Array = npt.NDArray[Any]
 
 #: Log-probabilities above this are none (rounding may leave an ulp above 0).
 LARGEST_LOGP = 1e-6
-#: Columns a response and a token, which `Dump.select` cuts.
+#: Columns per response and per token, which `Dump.select` cuts.
 _A_RESPONSE = ("reward", "baseline", "group", "step", "update")
 _A_TOKEN = (
     "rollout_logp",
@@ -173,8 +173,8 @@ class Dump:
     def _advantages(self) -> Array:
         if self.advantages is None:
             raise UserError(
-                f"{self.path} has no advantages: give the column advantage (a number a response) or advantages (a "
-                "number a token), or reward and group."
+                f"{self.path} has no advantages: give the column advantage (a number per response) or advantages "
+                "(a number per token), or reward and group."
             )
         return self.advantages
 

@@ -107,7 +107,7 @@ def dump_observer(
 
     Raises
     ------
-    UserError : the path is no .jsonl (a parquet file cannot be appended to).
+    UserError : the path is not a .jsonl (a parquet file cannot be appended to).
     """
     return DumpObserver(Path(path), rule.divergence, tokenizer, update)
 

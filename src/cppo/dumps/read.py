@@ -19,11 +19,11 @@ import numpy as np
 from cppo.errors import UserError
 from cppo.words import nearest
 
-#: A number a token.
+#: A number per token.
 NUMBERS = ("rollout_logp", "policy_logp", "mask", "sampled", "advantages", "divergence", "ids")
-#: K numbers a token.
+#: K numbers per token.
 TOP_K = ("topk_ids", "topk_rollout_logp", "topk_policy_logp")
-#: Something a response.
+#: Something per response.
 SCALARS = ("advantage", "reward", "baseline", "group", "step", "update", "prompt", "response", "divergence_name")
 COLUMNS = (*NUMBERS, *TOP_K, "tokens", *SCALARS)
 SUFFIXES = {".jsonl": "line", ".parquet": "row"}
@@ -52,7 +52,7 @@ def read_rows(path: Path, note: Callable[[str], None]) -> Iterator[tuple[int, Ro
 
     Raises
     ------
-    UserError : no such file, an unknown type, a line that is no JSON object, a column of the wrong type.
+    UserError : no such file, an unknown type, a line that is not a JSON object, a column of the wrong type.
     """
     if not path.is_file():
         raise UserError(f"there is no file {path}.")
@@ -90,7 +90,7 @@ def _from_json(path: Path, number: int, name: str, value: Any) -> Any:
     if name not in COLUMNS:
         return None
     if not isinstance(value, list):
-        raise mistake(path, number, name, f"a {type(value).__name__}, expected a list with one entry a token.")
+        raise mistake(path, number, name, f"a {type(value).__name__}, expected a list with one entry per token.")
     if name == "tokens":
         if set(map(type, value)) - {str}:
             raise mistake(path, number, name, "holds something else than texts.")
@@ -161,7 +161,7 @@ def _columns(path: Path, start: int, name: str, column: Any) -> list[Any]:
         values: list[Any] = column.to_pylist()
         return values
     if not _is_list(kind):
-        raise mistake(path, start + 1, name, f"of type {kind}, expected a list with one entry a token.")
+        raise mistake(path, start + 1, name, f"of type {kind}, expected a list with one entry per token.")
     inner = kind.value_type
     flat, lengths = column.flatten(), _lengths(column)
     ends = np.cumsum(np.maximum(lengths, 0))
@@ -351,7 +351,7 @@ class Builder:
                 if part.shape[1] == 0:  # nothing but null: no loss token
                     self._parts[name][at] = np.full((part.shape[0], K), fill, dtype=part.dtype)
                 elif part.shape[1] != K:
-                    text = f"{part.shape[1]} entries a token, elsewhere {K}: K must be the same in the whole dump."
+                    text = f"{part.shape[1]} entries per token, elsewhere {K}: K must be the same in the whole dump."
                     raise mistake(*self.places[at], name, text)
         return {name: self._joined(name) for name in TOP_K}
 
@@ -379,7 +379,7 @@ def _zeros_and_ones(path: Path, number: int, name: str, values: Any, default: An
 
 
 def _number(path: Path, number: int, name: str, value: Any) -> float:
-    """A number a response; null is NaN."""
+    """A number per response; null is NaN."""
     if value is None:
         return math.nan
     if isinstance(value, bool) or not isinstance(value, int | float):

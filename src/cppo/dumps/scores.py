@@ -94,7 +94,7 @@ def certificate_of(dump: Dump, notes: list[str]) -> dict[str, Any] | None:
     dump, of = _last(dump)
     found = _rewards(dump)
     if found is None:
-        notes.append("no certificate: it needs rewards, or one advantage a response, and the prompt of each (group).")
+        notes.append("no certificate: it needs rewards, or one advantage per response, and the prompt of each (group).")
         return None
     R, baseline, unit = found
     keep = np.isfinite(R) & (np.bincount(dump.owner[dump.sampled], minlength=len(R)) > 0)

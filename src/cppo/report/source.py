@@ -93,7 +93,7 @@ def open_source(path: Path) -> Source:
 
     Raises
     ------
-    UserError : it is no study, no run and no dump, or its description cannot be read.
+    UserError : it is neither a study nor a run nor a dump, or its description cannot be read.
     """
     if (path / STUDY_FILE).is_file():
         return _study(path)

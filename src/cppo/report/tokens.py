@@ -276,7 +276,7 @@ def _under(dump: Dump, cut: slice, values: Array | None) -> list[Any]:
 
 
 def _verdict(judged: Judged, names: Sequence[str], dump: Dump, cut: slice, row: int) -> dict[str, Any]:
-    """reason : a digit a token. Left out: a constant repeated, a coefficient that follows from reason and ratio."""
+    """reason : a digit per token. Left out: a constant repeated, a coefficient that follows from reason and ratio."""
     reason, mask = judged.reason[cut], dump.mask[cut]
     found: dict[str, Any] = {"r": "".join(map(str, reason.tolist()))}
     if judged.divergence is not None:

@@ -51,7 +51,7 @@ def _task_facts(config: Mapping[str, Any]) -> Pairs:
         task = f"{task.get('name')}" + (f" ({options})" if options else "")
     rows = [("task", str(task or "-"))]
     if updates := config.get("updates"):
-        rows.append(("updates a rollout batch", str(updates)))
+        rows.append(("updates per rollout batch", str(updates)))
     return rows
 
 

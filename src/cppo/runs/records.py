@@ -113,7 +113,7 @@ def truncate_records(folder: str | Path, step: int) -> None:
 
 
 def before_and_after(rows: Sequence[Row]) -> tuple[Row | None, Row | None]:
-    """The first and the last evaluation among those with the most samples a problem; (row, None) if there is one only.
+    """The first and the last evaluation among those with the most samples per problem; (row, None) if there is one.
 
     Evaluations along the way often take fewer samples, and Avg@4 is not to be compared with Avg@16.
     """

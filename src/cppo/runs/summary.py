@@ -153,7 +153,7 @@ def _accuracy(root: Path, rows: Sequence[Row]) -> str:
     else:
         text += f"\n\nBefore: step {before['step']}; after: step {after['step']}."
         if before.get("samples") != after.get("samples"):
-            text += f" They took {before.get('samples')} and {after.get('samples')} samples a problem."
+            text += f" They took {before.get('samples')} and {after.get('samples')} samples per problem."
     best = best_evaluation(rows)
     if best is not None:
         name = f"step-{int(best['step']):06d}"

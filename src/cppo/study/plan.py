@@ -156,13 +156,13 @@ def check_names(names: Sequence[str]) -> None:
 
     Raises
     ------
-    UserError : none are given, two are the same, or one is no name.
+    UserError : none are given, two are the same, or one is not a name.
     """
     if not names:
         raise UserError("a study needs at least one configuration to run.")
     for at, name in enumerate(names):
         if not re.fullmatch(r"\w[\w.+-]*", name):
-            raise UserError(f"{name!r} is no name of a configuration: letters, digits and any of _ . + - are.")
+            raise UserError(f"{name!r} is not a name of a configuration: letters, digits and any of _ . + - are.")
         if name in names[:at]:
             raise UserError(f"{name} is given twice: every configuration is run once a seed.")
 

@@ -68,7 +68,7 @@ def collapse(rewards: Sequence[float | None], window: int = WINDOW) -> int | Non
 
     m_s is the mean reward of the last `window` steps (fewer than `window` steps: no m_s, so no verdict), and b_s the
     largest m_j, j <= s. A run has collapsed if m_s < b_s / 2 for the last `window` steps or more, to the very end; the
-    step is the first of that stretch. A dip from which it recovers is no collapse, nor is a run that never learned.
+    step is the first of that stretch. A dip from which it recovers is not a collapse, nor is a run that never learned.
     Rewards must be such that half of them means something: where b_s is not above 0 there is no collapse.
 
     `rewards` : [S], a number a step; None or NaN (a step whose row has no reward) counts as the one before.

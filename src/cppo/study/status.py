@@ -20,7 +20,7 @@ def cores() -> int:
 
 
 def default_jobs() -> int:
-    """Runs at a time: one a GPU where there are any, else half of the cores."""
+    """Runs at a time: one per GPU where there are any, else half of the cores."""
     return len(devices()) or max(1, cores() // 2)
 
 

@@ -97,7 +97,7 @@ def load_plan(folder: Path) -> Plan:
             raw.get("details", {}),
         )
     except (KeyError, TypeError) as error:
-        raise UserError(f"{path} is no plan of a study ({error!r}); it was changed by something else.") from error
+        raise UserError(f"{path} is not a plan of a study ({error!r}); it was changed by something else.") from error
 
 
 def differences(before: Plan, now: Plan) -> str | None:

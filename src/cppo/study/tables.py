@@ -49,7 +49,7 @@ def cells(results: Results) -> list[Cells]:
     )
     more = Cells(
         "differences in percentage points, and what it took",
-        ("", "best, less that of", "final", "collapsed", "masked", "time a run"),
+        ("", "best, less that of", "final", "collapsed", "masked", "time per run"),
         tuple(map(_costs, results.variants)),
     )
     tables = [main, more]
@@ -60,7 +60,7 @@ def cells(results: Results) -> list[Cells]:
                 (variant.name, *(percent(getattr(variant, which).get(name)) for name in names))
                 for variant in results.variants
             )
-            tables.append(Cells(f"{which} Avg@{k} a benchmark, in %", ("", *names), rows))
+            tables.append(Cells(f"{which} Avg@{k} per benchmark, in %", ("", *names), rows))
     return tables
 
 

@@ -61,7 +61,7 @@ class RunRecorder:
     """The TRL engine's observer: collects during a rollout batch, writes in `end_of_step`.
 
     folder: the run folder.  tokenizer: decodes prompts and tokens.  every: sample responses on every `every`-th step
-    and on the last (0: never).  count: responses a sampled step.  updates: optimizer updates a rollout batch (M).
+    and on the last (0: never).  count: responses a sampled step.  updates: optimizer updates per rollout batch (M).
     divergence: the name of the rule's divergence, None: it measures none (for certificates.jsonl).
 
     Divergence by position is that of the *last* update, where the policy has moved furthest from the rollout policy.

@@ -71,7 +71,7 @@ def read_suite(plan: Plan, suite: Suite) -> SuiteReport:
         "grid": _grid,
         "delta": _delta,
         "length": _over("length", "length of the chain"),
-        "staleness": _over("updates", "updates a rollout batch"),
+        "staleness": _over("updates", "updates per rollout batch"),
         "frontier": _frontier,
     }.get(suite.name, _parts)
     answer(plan, report)
@@ -103,7 +103,7 @@ def _grid(plan: Plan, report: SuiteReport) -> None:
     report.tables.append(tables.matrix("final Avg@k in %, mean over seeds", "delta_b \\ w_min", rows, columns, matrix))
     panel = figures.Panel("", matrix, outlined=[(rows.index(own["delta_b"]), columns.index(own["w_min"]))])
     texts = (
-        figures.Axis(r"budget a token $\delta_b$", rows),
+        figures.Axis(r"budget per token $\delta_b$", rows),
         figures.Axis("weight of the last token $w_{min}$", columns),
     )
     title = "Final Avg@k by budget and smallest weight (framed: the recipe's)"

@@ -28,7 +28,7 @@ def work(config: Config) -> float | None:
 
     With P = layers (4 h^2 + 3 h m) weights (h hidden, m intermediate): 2 P a sampled token, 8 P a trained one (forward,
     backward, and mu's distribution), prompts as long as responses and all responses as long as the limit. Evaluations
-    count their samples, the warm-up 6 P a token.
+    count their samples, the warm-up 6 P per token.
     """
     rollout = config.rollout
     if config.model != "tiny":

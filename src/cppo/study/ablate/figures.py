@@ -35,7 +35,7 @@ def _spread(estimate: Estimate) -> list[list[float]] | None:
 
 
 def dots(results: Results, suite: Suite, difference: bool = False) -> Figure:
-    """One row a configuration: its final Avg@k with the interval, or by how much it differs from the baseline's."""
+    """One row per configuration: its final Avg@k with the interval, or by how much it differs from the baseline's."""
     done = [variant for variant in results.variants if variant.seeds]
     if difference:
         done = [variant for variant in done if variant.final_difference is not None]
@@ -75,7 +75,7 @@ def _range(counts: set[int]) -> str:
 def lines(
     series: Mapping[str, Sequence[tuple[float, Estimate]]], x: str, y: str, title: str, scale: str, zero: bool = False
 ) -> Figure:
-    """A line a rule, with intervals. scale: "log2" or "share" of x; zero: draw a line at 0 (differences)."""
+    """A line per rule, with intervals. scale: "log2" or "share" of x; zero: draw a line at 0 (differences)."""
     figure = Figure(figsize=(7.2, 4.4), layout="constrained")
     ax = figure.subplots()
     frame(ax, title)
@@ -169,7 +169,7 @@ def maps(panels: Sequence[Panel], rows: Axis, columns: Axis, title: str, note: s
 
 
 def frontier(found: Frontier) -> Figure:
-    """A map a rule: final Avg@k over learning rate and updates a batch, framed where the largest rate still learns."""
+    """A map per rule: final Avg@k over learning rate and updates per batch, framed where the largest still learns."""
     panels = []
     for each in found.maps:
         cells = {(cell.learning_rate, cell.updates): cell for cell in each.cells}

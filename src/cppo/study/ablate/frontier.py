@@ -1,6 +1,6 @@
 """The stability frontier: how hard can each rule be pushed before training fails?
 
-A grid of learning rates times updates a rollout batch (M), for each rule, every run from the same warm-up of its seed.
+A grid of learning rates times updates per rollout batch (M), for each rule, each run from the same warm-up of its seed.
 Of a run of seed s in cell (eta, M): f_s, its final Avg@k (mean of the benchmarks), and b_s, that before training.
 
 * A run that ended for numbers that are not finite (the NaN guard's `NonFiniteError`, or a policy that could not be
@@ -36,7 +36,7 @@ UPDATES = (2, 4, 8, 16)
 
 
 def frontier(base: Base, options: Options) -> Suite:
-    """Learning rate x updates a rollout batch, for each rule."""
+    """Learning rate x updates per rollout batch, for each rule."""
     rules = options.rules or RULES_COMPARED
     own = base.config.optimizer.learning_rate
     rates = options.learning_rates or tuple(float(f"{own * factor:.3g}") for factor in FACTORS)

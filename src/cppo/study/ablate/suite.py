@@ -180,7 +180,7 @@ def suites_of(plan: Plan) -> list[Suite]:
 
     Raises
     ------
-    UserError : the plan is no ablation.
+    UserError : the plan is not an ablation.
     """
     if plan.kind != KIND or "suites" not in plan.details:
         raise UserError(f"{plan.folder} holds a study of `cppo {plan.kind}`, not of `cppo {KIND}`.")

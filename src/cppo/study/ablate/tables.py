@@ -45,7 +45,7 @@ def points(estimate: Estimate | None) -> str:
 
 
 def course(suite: Suite, key: str, start: Mapping[Any, float], final: Mapping[str, Estimate]) -> Cells:
-    """A row a rule, a column a value of the coordinate; first where they started (a mean over runs)."""
+    """A row per rule, a column per value of the coordinate; first where they started (a mean over runs)."""
     values = suite.values(key)
     rows = [("before training", *(_percent(start.get(value)) for value in values))]
     for rule in suite.values("rule"):
@@ -55,7 +55,7 @@ def course(suite: Suite, key: str, start: Mapping[Any, float], final: Mapping[st
 
 
 def over(title: str, key: str, values: Sequence[Any], by: Mapping[str, Mapping[Any, Estimate | None]]) -> Cells:
-    """Differences: a row a rule, a column a value."""
+    """Differences: a row per rule, a column per value."""
     rows = tuple((rule, *(points(line[value]) for value in values)) for rule, line in by.items())
     return Cells(title, (key, *map(str, values)), rows)
 
