@@ -284,5 +284,5 @@ def test_a_certain_win_is_not_certain_over_other_problems():
     "values", [[[[0.1, 0.2]], [[0.1]]], [[[0.1, 0.2]], 0.5], [[[0.1], [0.2]], [[0.1]]], [[[]], [[]]], [[0.1], [0.2]]]
 )
 def test_figures_have_one_form(values):
-    with pytest.raises(UserError, match="one figure a seed"):
+    with pytest.raises(UserError, match="one figure per seed"):
         mean_interval(values)

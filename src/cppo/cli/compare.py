@@ -84,8 +84,8 @@ def nothing_else(option: str, given: Sequence[str]) -> None:
     """Refuse settings beside --resume or --show; `option`: with its folder."""
     if given:
         raise UserError(
-            f"{option} takes everything from that study and nothing else (got {' '.join(given)}). For another study "
-            "leave it out."
+            f"{option} takes everything from that study and nothing else (got {' '.join(given)}). "
+            "For another study leave it out."
         )
 
 

@@ -194,8 +194,8 @@ def verl_rows(batch: Any, policy_logp: Any = None, step: int | None = None, upda
         pi = _verl_rows(data["old_log_probs"])
         if all(np.array_equal(p[m != 0], r[m != 0]) for p, r, m in zip(pi, mu, masks, strict=True)):
             raise UserError(
-                "old_log_probs are the sampler's own (bypass mode): give log pi as policy_logp, such as log_prob in a "
-                "policy loss."
+                "old_log_probs are the sampler's own (bypass mode): "
+                "give log pi as policy_logp, such as log_prob in a policy loss."
             )
     else:
         pi = _verl_rows(policy_logp)

@@ -191,8 +191,8 @@ def training_charts(source: Source) -> Section:
     first = reward(source.runs[0].metrics) if source.kind == "run" else _from_training(source, REWARD)
     charts = [first, *_accuracies(source), *(_from_training(source, m) for m in TRAINING[1:])]
     lead = (
-        "A line is the mean over the finished seeds, its band the 95% bootstrap interval of that mean; thin lines are "
-        "single seeds."
+        "A line is the mean over the finished seeds, its band the 95% bootstrap interval of that mean; "
+        "thin lines are single seeds."
         if source.kind == "study"
         else "One run: there is no interval without other seeds."
     )

@@ -179,8 +179,8 @@ def _run(path: Path) -> Source:
 def _how_far(run: RunFiles) -> str:
     if run.step:
         return (
-            f"This run is in progress or was stopped: step {run.step} of {run.steps}. The figures are what there is so "
-            "far."
+            f"This run is in progress or was stopped: step {run.step} of {run.steps}. "
+            "The figures are what there is so far."
         )
     where = "it is in its warm-up" if run.rows("warmup") else "nothing has been logged"
     return f"This run has not begun to train: {where}. There is nothing to show but its configuration."

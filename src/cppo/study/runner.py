@@ -215,8 +215,8 @@ class Runner:
         if not self._running:
             return
         self.progress.note(
-            f"Stopping: {len(self._running)} runs finish their rollout batch and write a checkpoint (Ctrl-C again: at "
-            "once)."
+            f"Stopping: {len(self._running)} runs finish their rollout batch and write a checkpoint "
+            "(Ctrl-C again: at once)."
         )
         for number in (signal.SIGINT, signal.SIGINT, signal.SIGKILL):
             for process in self._running:

@@ -201,16 +201,14 @@ def _checked(values: Sequence[Figure], level: float) -> list[Array]:
     try:
         tables = [np.asarray(rows, dtype=np.float64) for rows in zip(*listed, strict=True)]
         if any(table.ndim != 2 or not table.shape[1] for table in tables):
-            raise ValueError("not a list of problems a benchmark")
+            raise ValueError("not a list of problems per benchmark")
     except (ValueError, TypeError) as error:
         raise UserError(
-            "expected one figure a seed, all numbers or all with the same problems (a list of scores a benchmark): "
-            f"{error}."
+            "expected one figure per seed, all numbers or all with the same problems "
+            f"(a list of scores per benchmark): {error}."
         ) from error
     for table in tables:
         if not np.isfinite(table).all():
-            raise UserError(
-                f"a figure is not finite ({', '.join(map(str, table.ravel()[:10].tolist()))}): leave out runs that "
-                "have no result."
-            )
+            shown = ", ".join(map(str, table.ravel()[:10].tolist()))
+            raise UserError(f"a figure is not finite ({shown}): leave out runs that have no result.")
     return tables
