@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ from cppo.engines.trl.batch import GROUP
 from cppo.errors import UserError
 from cppo.runs.certificates import certificate_row
 from cppo.theory import certificate
+from cppo.training.recorder import _Call
 from dumps.test_dump import rows, small
 from engines.trl import trl_setup
 from said import said
@@ -346,14 +346,7 @@ def test_a_dump_from_trl(tmp_path: Path, kind: str) -> None:
     assert dump.tokens is not None and dump.group is not None and found["certificate"]["unit"] == "reward"
     assert found["certificate"]["responses"] == batch.loss_mask.shape[0]
     assert found["certificate"]["groups"] == len(set(inputs[GROUP].tolist()))
-    observed = SimpleNamespace(
-        policy_logp=batch.policy_logp.detach(),
-        rollout_logp=batch.rollout_logp,
-        mask=batch.loss_mask,
-        divergence=verdict.divergence,
-        inputs=inputs,
-    )
-    row = certificate_row([observed], kind)  # what the recorder writes
+    row = certificate_row([_Call(batch, verdict, inputs).responses()], kind)  # what the recorder writes
     assert row is not None
     for name in ("surrogate", "ratios", "pathwise", "product", "prop4"):  # intervals: groups are drawn in another order
         assert found["certificate"][name] == pytest.approx(row[name], rel=1e-4), name

@@ -13,7 +13,7 @@ import torch
 import cppo
 import synthetic
 from cppo.engines.trl.batch import BASELINE, GROUP, REWARD, TOKENS, attach_rewards
-from cppo.runs.certificates import certificate_row, read_certificates
+from cppo.runs.certificates import Responses, certificate_row, read_certificates
 from cppo.theory import certificate
 from cppo.training.recorder import RunRecorder
 
@@ -112,13 +112,13 @@ def test_kl_becomes_tv_by_pinsker_and_rewards_widen_xi() -> None:
     kl = torch.rand(batch.policy_logp.shape) * 0.1
     inputs[REWARD] = inputs[REWARD] * 4 - 1
 
-    class Call:
-        policy_logp, rollout_logp, mask = batch.policy_logp, batch.rollout_logp, batch.loss_mask
-        divergence = kl
-
-    call = Call()
-    call.inputs = inputs  # type: ignore[attr-defined]
-    row = certificate_row([call], "exact_kl")  # type: ignore[list-item]
+    given = {
+        name: inputs[key].numpy()
+        for name, key in (("tokens", TOKENS), ("reward", REWARD), ("baseline", BASELINE), ("group", GROUP))
+    }
+    log_ratio = (batch.policy_logp - batch.rollout_logp).numpy()
+    responses = Responses(log_ratio=log_ratio, mask=batch.loss_mask.numpy(), divergence=kl.numpy(), **given)
+    row = certificate_row([responses], "exact_kl")
     assert row is not None and row["certified"] is True
     R = inputs[REWARD].numpy()
     assert row["xi"] == pytest.approx((max(1, R.max()) - min(0, R.min())) / 2)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cppo import files
 from cppo.dumps.read import SUFFIXES
-from cppo.engines.trl.batch import BASELINE, GROUP, REWARD, TOKENS
+from cppo.engines.support import BASELINE, GROUP, REWARD, TOKENS
 from cppo.errors import UserError
 from cppo.rules.base import TrustRegion, Verdict
 from cppo.tokens import TokenBatch

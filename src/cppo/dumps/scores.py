@@ -10,9 +10,8 @@ import torch
 
 from cppo import divergence
 from cppo.dumps.dump import Array, Dump
-from cppo.engines.trl.batch import BASELINE, GROUP, REWARD, TOKENS
 from cppo.rules import TrustRegion
-from cppo.runs.certificates import CERTIFIED, certificate_row
+from cppo.runs.certificates import CERTIFIED, Responses, certificate_row
 
 #: Numbers in a padded array of the certificate at most: it takes about a hundred bytes each.
 LARGEST_CERTIFICATE = 6_000_000
@@ -73,17 +72,6 @@ def _block(dump: Dump, name: str) -> Array:
     return np.where(dump.mask, found.numpy(), np.float32(0))
 
 
-@dataclass(eq=False)
-class _Call:
-    """What `certificate_row` reads."""
-
-    policy_logp: Any
-    rollout_logp: Any
-    mask: Any
-    divergence: Any
-    inputs: dict[str, Any]
-
-
 def certificate_of(dump: Dump, notes: list[str]) -> dict[str, Any] | None:
     """The row of `cppo.runs.certificates` for the responses of the dump's last step and update, with "of" (which
     responses) and "unit" ("reward", or "advantage" where there are no rewards); None and a note where it cannot be.
@@ -108,19 +96,16 @@ def certificate_of(dump: Dump, notes: list[str]) -> dict[str, Any] | None:
         notes.append("no certificate: no response has a reward.")
         return None
     name, D = _certified(dump)
-    T, group = torch.from_numpy, dump.group if dump.group is not None else np.arange(len(R))
-    row = certificate_row(
-        [
-            _Call(
-                T(dump.rows(dump.policy_logp)),
-                T(dump.rows(dump.rollout_logp)),
-                T(dump.rows(dump.mask)),
-                T(dump.rows(D)),
-                {REWARD: T(R), BASELINE: T(baseline), GROUP: T(group), TOKENS: T(dump.rows(dump.sampled))},
-            )
-        ],
-        name,
+    seen = Responses(
+        log_ratio=dump.rows(dump.policy_logp).astype(np.float32) - dump.rows(dump.rollout_logp).astype(np.float32),
+        tokens=dump.rows(dump.sampled),
+        mask=dump.rows(dump.mask),
+        divergence=dump.rows(D).astype(np.float32),
+        reward=R,
+        baseline=baseline,
+        group=dump.group if dump.group is not None else np.arange(len(R)),
     )
+    row = certificate_row([seen], name)
     if row is None:
         notes.append("no certificate: a log-probability of a sampled token is not finite.")
         return None

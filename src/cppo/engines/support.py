@@ -19,12 +19,16 @@ from torch import Tensor
 
 from cppo.divergence import BINARY
 from cppo.errors import UserError
-from cppo.objective import metrics, token_loss
-from cppo.rules import TrustRegion, Verdict, make_rule
+from cppo.objective import Reduce, metrics, token_loss
+from cppo.rules import Reason, TrustRegion, Verdict, make_rule
 from cppo.tokens import TokenBatch
 
 #: Environment variable that carries a rule into worker processes of engines without settings for it; JSON.
 RULE_VARIABLE = "CPPO_RULE"
+
+#: What an engine adds to its rollout batch for whoever watches the losses: a response's reward ``[B]``, the mean reward
+#: of the others in its group ``[B]``, the group ``[B]``, and which tokens the policy sampled ``[B, T]``.
+REWARD, BASELINE, GROUP, TOKENS = "trust_reward", "trust_baseline", "trust_group", "trust_tokens"
 
 #: Metrics that not every batch has.
 CONDITIONAL = ("trust/first_rejected_position", "trust/first_update_divergence")
@@ -156,7 +160,20 @@ class TrustRegionLoss:
     first: bool = field(default=True, init=False)
 
     def __call__(self, batch: TokenBatch) -> Judged:
-        """Judge `batch`.
+        """Judge `batch`. Raises as `judge` does."""
+        verdict, stats = self.judge(batch)
+        return Judged(token_loss(batch, verdict.coefficient), verdict, stats)
+
+    def judge(
+        self, batch: TokenBatch, on_policy: bool | None = None, reduce: Reduce | None = None
+    ) -> tuple[Verdict, dict[str, float]]:
+        """Verdict and metrics, for engines that have a loss of their own.
+
+        Parameters
+        ----------
+        on_policy : whether pi = mu in this batch (no update on its rollouts yet), where the engine knows; None: it is
+            the first batch that this object sees.
+        reduce : over processes (`cppo.metrics`); the check of the first batch then is of all of them.
 
         Raises
         ------
@@ -164,17 +181,19 @@ class TrustRegionLoss:
         UserError : the mean divergence of the first batch is above `max_on_policy_divergence`.
         """
         # A micro-batch without any loss token (padding rows of some engines) tells nothing: wait for the next one.
-        first = self.first and bool(batch.loss_mask.any())
-        if first:
-            self.first = False
+        some = bool(batch.loss_mask.any()) if self.first else True
+        first = self.first and (some if on_policy is None else on_policy)
+        if first and some:
             batch.check()
         verdict = self.rule(batch)
-        stats = metrics(batch, verdict, first_update=first)
-        if first and self.max_on_policy_divergence is not None:
-            check_on_policy(
-                stats.get("trust/first_update_divergence"), self.max_on_policy_divergence, self.engine, self.hint
-            )
-        return Judged(token_loss(batch, verdict.coefficient), verdict, stats)
+        stats = metrics(batch, verdict, first_update=first if on_policy is None else on_policy, reduce=reduce)
+        if first and any(stats[f"trust/{reason.key}_fraction"] for reason in Reason if reason != Reason.OUTSIDE):
+            self.first = False
+            if self.max_on_policy_divergence is not None:
+                check_on_policy(
+                    stats.get("trust/first_update_divergence"), self.max_on_policy_divergence, self.engine, self.hint
+                )
+        return verdict, stats
 
 
 def check_on_policy(divergence: float | None, limit: float, engine: str, hint: str) -> None:

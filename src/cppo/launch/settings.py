@@ -240,6 +240,10 @@ def _optimizer(config: Config, engine: str) -> Iterator[Setting]:
     yield setting(f"{optim}.clip_grad", optimizer.max_grad_norm, "optimizer.max_grad_norm")
 
 
+#: For verl's loss, which wants a number: a divergence that none exceeds.
+NO_LIMIT = 1e9
+
+
 def _rule(config: Config, engine: str) -> Iterator[Setting]:
     name, loss = config.rule.name, f"{_ACTOR}.policy_loss"
     divergence = str(config.rule.parameters.get("divergence"))
@@ -257,6 +261,10 @@ def _rule(config: Config, engine: str) -> Iterator[Setting]:
         )
     yield setting(f"{loss}._target_", "cppo.engines.verl.config.TrustRegionLossConfig")
     yield setting(f"{loss}.loss_mode", "cppo" if name == "cppo" else f"cppo_{name}", "rule")
+    limit = config.max_on_policy_divergence
+    if limit != Config.model_fields["max_on_policy_divergence"].default:
+        shown = NO_LIMIT if limit is None else limit
+        yield setting(f"{loss}.max_on_policy_divergence", shown, "max_on_policy_divergence")
     for parameter, value in config.rule.parameters.items():
         if value is not None:
             yield setting(f"{loss}.rule.{parameter}", value, f"rule.{parameter}", add=True)

@@ -9,14 +9,14 @@ alone. Schema: docs/runs.md.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-from torch import Tensor
+from numpy.typing import NDArray
 
-from cppo.engines.trl.batch import BASELINE, GROUP, REWARD, TOKENS
 from cppo.files import read_jsonl, rounded
 from cppo.runs.positions import bucket_width
 from cppo.theory import Certificate, Positions, certificate
@@ -27,25 +27,30 @@ CERTIFICATES_FILE = "certificates.jsonl"
 CERTIFIED = ("exact_tv", "topk_tv_upper", "exact_kl")
 
 
-class Observed(Protocol):
-    """What the recorder keeps of one loss: tensors ``[B, T]``, and of TRL's minibatch what is needed."""
+@dataclass(frozen=True, eq=False)
+class Responses:
+    """What a certificate is made from: N responses, arrays ``[N, T]`` padded to the right, and ``[N]``.
 
-    policy_logp: Tensor
-    rollout_logp: Tensor
-    mask: Tensor
-    divergence: Tensor | None
+    log_ratio : log pi - log mu. tokens : sampled by mu. mask : loss tokens. divergence : D_t of these; None: not
+    measured. reward, baseline : NaN: no reward. group : which share a prompt.
+    """
 
-    @property
-    def inputs(self) -> Mapping[str, Tensor]: ...
+    log_ratio: NDArray[Any]
+    tokens: NDArray[Any]
+    mask: NDArray[Any]
+    divergence: NDArray[Any] | None
+    reward: NDArray[Any]
+    baseline: NDArray[Any]
+    group: NDArray[Any]
 
 
-def certificate_row(calls: Iterable[Observed], divergence: str | None) -> dict[str, Any] | None:
+def certificate_row(seen: Iterable[Responses], divergence: str | None) -> dict[str, Any] | None:
     """The certificate of the responses seen in some losses, or None where there is none: no rewards were seen, no
     response has a token, or a number is not finite.
 
     divergence : its name, None: the rule measures none. A KL is turned into a TV by Pinsker, sqrt(KL / 2).
     """
-    parts = [_seen(call) for call in calls if REWARD in call.inputs]
+    parts = [_kept(responses) for responses in seen]
     parts = [part for part in parts if len(part["reward"])]
     if not parts:
         return None
@@ -77,21 +82,11 @@ def certificate_row(calls: Iterable[Observed], divergence: str | None) -> dict[s
     return head | figures | _by_position(positions)
 
 
-def _seen(call: Observed) -> dict[str, Any]:
-    """The numbers of the responses that have a token and a reward."""
-    arrays = {
-        "mask": call.mask,
-        "tokens": call.inputs[TOKENS],
-        "log_ratio": call.policy_logp.float() - call.rollout_logp.float(),
-        "reward": call.inputs[REWARD],
-        "baseline": call.inputs[BASELINE],
-        "group": call.inputs[GROUP],
-    }
-    if call.divergence is not None:
-        arrays["divergence"] = call.divergence.float()
-    numbers = {name: values.cpu().numpy() for name, values in arrays.items()}
-    kept = numbers["tokens"].any(1) & np.isfinite(numbers["reward"])
-    return {name: values[kept] for name, values in numbers.items()}
+def _kept(seen: Responses) -> dict[str, Any]:
+    """The arrays of the responses that have a token and a reward."""
+    kept = seen.tokens.any(1) & np.isfinite(seen.reward)
+    arrays = {field.name: getattr(seen, field.name) for field in fields(seen)}
+    return {name: values[kept] for name, values in arrays.items() if values is not None}
 
 
 def _wide(values: Any, width: int) -> Any:

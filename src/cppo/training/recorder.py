@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from cppo import files
-from cppo.engines.trl.batch import BASELINE, GROUP, REWARD, TOKENS
+from cppo.engines.support import BASELINE, GROUP, REWARD, TOKENS
 from cppo.files import rounded
 from cppo.rules import Reason, Verdict
 from cppo.rules.base import held_back
-from cppo.runs.certificates import CERTIFICATES_FILE, certificate_row
+from cppo.runs.certificates import CERTIFICATES_FILE, Responses, certificate_row
 from cppo.runs.positions import by_position
 from cppo.runs.records import POSITIONS_FILE, samples_path, truncate_records
 from cppo.tokens import TokenBatch
@@ -55,6 +55,22 @@ class _Call:
         self.budget_used = verdict.budget_used
         names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", REWARD, BASELINE, GROUP, TOKENS)
         self.inputs = {name: inputs[name] for name in names if inputs.get(name) is not None}
+
+    def responses(self) -> Responses:
+        """For the certificate; needs rewards."""
+
+        def array(values: Tensor) -> Any:
+            return values.cpu().numpy()
+
+        return Responses(
+            log_ratio=array(self.policy_logp.float() - self.rollout_logp.float()),
+            tokens=array(self.inputs[TOKENS]),
+            mask=array(self.mask),
+            divergence=None if self.divergence is None else array(self.divergence.float()),
+            reward=array(self.inputs[REWARD]),
+            baseline=array(self.inputs[BASELINE]),
+            group=array(self.inputs[GROUP]),
+        )
 
 
 class RunRecorder:
@@ -121,7 +137,7 @@ class RunRecorder:
         self._forget()
 
     def _certify(self, step: int) -> None:
-        row = certificate_row(self._calls, self.divergence)
+        row = certificate_row([call.responses() for call in self._calls if REWARD in call.inputs], self.divergence)
         if row is not None:
             files.append_jsonl(self.folder / CERTIFICATES_FILE, {"step": step, "update": self._update} | row)
             self.figures = {"trust/surrogate_gain": row["surrogate"], "trust/residual_bound": row["ratios"]}

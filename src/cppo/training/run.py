@@ -209,6 +209,7 @@ class Run:
             topk_variant=config.topk_variant,
             topk_anchor=config.topk_anchor,
             topk_store=config.topk_store,
+            max_on_policy_divergence=config.max_on_policy_divergence,
             zero_spread_filter=config.advantages.zero_spread_filter,
             observer=_observers(*([recorder] if self.main else []), *([] if calibration.done else [calibration])),
             peft_config=peft_config(config),

@@ -178,7 +178,7 @@ def test_a_rounded_top_k_is_allowed_for(monkeypatch: pytest.MonkeyPatch) -> None
     gap = ((batch.divergence - truth).abs() * away).flatten()
     assert gap.max() > 2e-5
     limit = (batch.divergence.flatten()[gap.argmax()] + truth.flatten()[gap.argmax()]) / 2
-    run._trust_rule = make("dppo", "adaptive_tv", delta=limit.item())
+    run._trust.rule = make("dppo", "adaptive_tv", delta=limit.item())
     run._compute_loss(run.model, inputs)  # sets the hidden states
     batch, verdict = judged(run, inputs)
     want = make("dppo", "exact_tv", delta=limit.item())(batch.with_divergence(truth))
@@ -209,7 +209,7 @@ def test_a_policy_that_is_not_finite_fails_in_the_loss_and_nowhere_else(kind: st
     inputs, _ = rollout_and_drift(run)
     with torch.no_grad():
         run.model.model.norm.weight[0] = torch.nan
-    run._trust_checked = True  # an earlier batch was fine
+    run._trust.first = False  # an earlier batch was fine
     assert run._compute_loss(run.model, inputs).isnan()
 
 

@@ -162,10 +162,12 @@ def trainer(rule: cppo.TrustRegion | None = None, reward: Any = length_reward, *
         "peft_config",
         "eval_dataset",
         "rollout_func",
+        "max_on_policy_divergence",
     )
     own = {name: kwargs.pop(name) for name in names if name in kwargs}
     policy = kwargs.pop("model", None) or model()
     own.setdefault("top_k", TOP_K)
+    own.setdefault("max_on_policy_divergence", None)  # most tests perturb the weights before the first loss
     return TrustRegionTrainer(
         policy, reward, config(**kwargs), rule=rule, train_dataset=dataset(), processing_class=tokenizer(), **own
     )

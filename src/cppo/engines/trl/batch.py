@@ -1,4 +1,6 @@
-"""Groups with equal rewards leave TRL's loss and its denominators (DAPO's dynamic sampling, without resampling).
+"""What is added to TRL's rollout batch: the filter of groups with equal rewards, and the rewards themselves.
+
+Groups with equal rewards leave TRL's loss and its denominators (DAPO's dynamic sampling, without resampling).
 
 TRL 1.16 gives the responses of such a group advantage 0 but keeps them in the denominators. Here their `tool_mask`
 becomes 0 (it enters the loss mask, not the attention) and the denominators follow: `dapo` counts the loss tokens of the
@@ -14,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from cppo.engines.support import BASELINE, GROUP, REWARD, TOKENS
 
 #: Key of the per-response weight that the hook multiplies with.
 ROW_SCALE = "trust_row_scale"
@@ -49,9 +53,6 @@ def drop_zero_spread(
         weight = groups / max(groups - dropped_groups, 1)
         output[ROW_SCALE] = torch.full((rows,), weight, dtype=torch.float32, device=mask.device)
     return dropped_groups / groups
-
-
-REWARD, BASELINE, GROUP, TOKENS = "trust_reward", "trust_baseline", "trust_group", "trust_tokens"
 
 
 def attach_rewards(output: dict[str, Any], rewards: Tensor, weights: Tensor, group_size: int, rank: int) -> None:

@@ -5,6 +5,7 @@
 * The seam is TRL's public `get_off_policy_mask`: called once a loss, its result m multiplies the per-token loss -rho A.
   We return m = c / rho with TRL's own rho, so that the loss is -c A in value and -c A grad log pi in gradient, whatever
   the rule.
+* `cppo.engines.support.TrustRegionLoss` judges, looks at the first update and counts, as in every other adapter.
 * Four more methods are wrapped: they call TRL's own and add tensors (what a divergence needs of mu, the zero-spread
   filter, hidden states, rewards).
 * Every setting that would silently disable or alter the rule is refused (`settings`); a TRL that moved is an error.
@@ -27,11 +28,12 @@ from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer
 
 from cppo.divergence import Variant
+from cppo.engines.support import TrustRegionLoss
 from cppo.engines.trl.batch import ROW_SCALE, attach_rewards, drop_zero_spread
 from cppo.engines.trl.divergence import HeadDivergence
 from cppo.engines.trl.head import causal_lm, logit_changes
 from cppo.engines.trl.settings import TopK, generation_problems, needs_head, problems, trust_region_config
-from cppo.objective import metrics
+from cppo.errors import UserError
 from cppo.rules import CPPO, TrustRegion, Verdict
 from cppo.tokens import TokenBatch
 
@@ -44,6 +46,11 @@ WRITTEN_FOR = "1.16"
 #: times a zero mask is NaN, in the gradient even behind a clamp) and `epsilon`, `delta` never cut. Exact all the same:
 #: m = c / rho follows.
 OLD_LOGP_MIN = -20.0
+
+HINT = (
+    "Look at temperature and sampling options (top_p, top_k and the model's generation_config: off), at precision "
+    "(with vLLM: its dtype and quantisation), and at whether the weights reached the sampler."
+)
 
 ALL_EQUAL = (
     "all responses to each prompt of a rollout batch have the same reward: nothing can be learnt from it, its loss is "
@@ -79,6 +86,8 @@ class TrustRegionTrainer(GRPOTrainer):
         0.001 more (`cppo.scoring.store`). `adaptive_tv` allows for that and decides as the exact TV all the same.
     zero_spread_filter : take groups with equal rewards out of the loss and out of its denominators.
     observer : called once a loss in training, without gradient: observer(batch, verdict, inputs, update).
+    max_on_policy_divergence : the largest mean D_t of the first update, before any optimizer step, where pi = mu and
+        D_t is the mismatch between sampler and trainer; beyond it the run stops. None: do not look.
 
     Raises
     ------
@@ -100,6 +109,7 @@ class TrustRegionTrainer(GRPOTrainer):
         topk_store: str = "float32",
         zero_spread_filter: bool = True,
         observer: Observer | None = None,
+        max_on_policy_divergence: float | None = TrustRegionLoss.max_on_policy_divergence,
         **kwargs: Any,
     ) -> None:
         rule = CPPO() if rule is None else rule
@@ -115,14 +125,15 @@ class TrustRegionTrainer(GRPOTrainer):
             raise _moved(f"it has attributes {clash} of its own")
         policy = self._trust_policy()
         _refuse(generation_problems(policy.generation_config, args))
-        self._trust_rule, self._trust_observer, self._trust_filtered = rule, observer, zero_spread_filter
+        self._trust = TrustRegionLoss(rule, "TRL", max_on_policy_divergence, HINT)
+        self._trust_observer, self._trust_filtered = observer, zero_spread_filter
         self._trust_divergence: HeadDivergence | None = None
         if needs_head(rule.divergence):
             logit_changes(policy)  # raises where they cannot be followed
             fp32 = args.cast_lm_head_to_fp32
             self._trust_divergence = HeadDivergence(str(rule.divergence), options, self.temperature, fp32)
         self._trust_loss: _LossPass | None = None
-        self._trust_checked = self._trust_warned = False
+        self._trust_warned = False
         self._trust_generated_at = 0
         self._trust_rewards: Tensor | None = None
 
@@ -133,11 +144,11 @@ class TrustRegionTrainer(GRPOTrainer):
         ------
         ValueError : the rule needs another divergence, for which nothing has been prepared.
         """
-        if rule.divergence != self._trust_rule.divergence:
+        if rule.divergence != self._trust.rule.divergence:
             raise ValueError(
-                f"the rule needs {rule.divergence!r}, and the trainer measures {self._trust_rule.divergence!r}."
+                f"the rule needs {rule.divergence!r}, and the trainer measures {self._trust.rule.divergence!r}."
             )
-        self._trust_rule = rule
+        self._trust.rule = rule
 
     # -- the seam -----------------------------------------------------------------------------------------------
 
@@ -160,17 +171,14 @@ class TrustRegionTrainer(GRPOTrainer):
         logp = per_token_logps.detach().float()
         batch = TokenBatch(logp, sampling_per_token_logps.float(), advantages.float(), mask)
         if self._trust_divergence is not None:
-            found, resolved = self._trust_divergence.score(self._trust_rule, batch, self._trust_policy(), loss.inputs)
+            found, resolved = self._trust_divergence.score(self._trust.rule, batch, self._trust_policy(), loss.inputs)
             batch = batch.with_divergence(found)
             if resolved is not None:
                 self._trust_log_share("trust/resolved_fraction", resolved.sum(), batch.loss_mask.sum())
-        if not self._trust_checked:
-            batch.check()
-            self._trust_checked = True
-        verdict = self._trust_rule(batch)
         accumulation = self.args.gradient_accumulation_steps
         update = self._step // accumulation - self._trust_generated_at // accumulation
-        for name, value in metrics(batch, verdict, first_update=update == 0, reduce=self._trust_reduce).items():
+        verdict, stats = self._trust.judge(batch, on_policy=update == 0, reduce=self._trust_reduce)
+        for name, value in stats.items():
             self._metrics["train"][name].append(value)
         if self._trust_observer is not None:
             self._trust_observer(batch, verdict, loss.inputs, update)
@@ -255,9 +263,9 @@ class TrustRegionTrainer(GRPOTrainer):
             stored = self._trust_divergence.attach(output)
             self._trust_log_share("trust/divergence_bytes_per_token", stored, output["completion_ids"].numel())
         if self.rollout_func is not None and "sampling_per_token_logps" not in output:
-            raise ValueError(
-                "rollout_func returned no log-probabilities (logprobs=None), so the rollout policy is not known. "
-                "Return those of the sampled tokens, from the engine that sampled them."
+            raise UserError(
+                "TRL: rollout_func returned no log-probabilities (logprobs=None), so the rollout policy is not known. "
+                "Return logprobs of the sampled tokens, from the engine that sampled them."
             )
         if "sampling_per_token_logps" in output:
             loss_tokens = (output["completion_mask"] * output.get("tool_mask", 1)) != 0
