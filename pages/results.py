@@ -20,8 +20,8 @@ from typing import Any
 
 from cppo import files
 from cppo.config import yaml_io
+from cppo.runs.folder import RunFolder
 from cppo.runs.positions import rounded
-from cppo.runs.records import read_metrics
 from cppo.show.tables import Cells
 from cppo.study import tables
 from cppo.study.ablate import figures as ablate_figures
@@ -76,7 +76,7 @@ def collect(folder: Path) -> Path:
 
 def collect_updates(run: Path) -> Path:
     """Write what the rule saw at each update of a run's first two rollout batches to study_updates.json, by run."""
-    rows = [row for row in read_metrics(run, "train") if row["step"] <= 2]
+    rows = [row for row in RunFolder(run).metrics("train") if row["step"] <= 2]
     path = RESULTS / "study_updates.json"
     found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     study = run.resolve().parents[1].name

@@ -11,7 +11,7 @@ import yaml
 import cppo
 from cppo.engines.trl.batch import attach_rewards
 from cppo.files import atomic_write_json, atomic_write_text
-from cppo.runs.records import append_metrics
+from cppo.runs.folder import RunFolder
 from cppo.training.recorder import RunRecorder
 
 ALPHABET = "0123456789+-*= ;abcdefghij<>\n\u00e9"
@@ -92,8 +92,8 @@ def write_run(folder: Path, steps: int = 60, updates: int = 8, name: str = "cppo
             passes = {key.replace("avg/", "pass/"): min(1.0, value + 0.1) for key, value in accuracies.items()}
             means = {"avg/mean": sum(accuracies.values()) / 3, "pass/mean": sum(passes.values()) / 3}
             row = {"step": step, "update": 0, "kind": "evaluation", "samples": samples, "time/evaluation": 2.0}
-            append_metrics(folder, row | accuracies | passes | means)
+            RunFolder(folder).append_metrics(row | accuracies | passes | means)
         if step:
-            append_metrics(folder, *observe_step(recorder, judge, step, updates))
+            RunFolder(folder).append_metrics(*observe_step(recorder, judge, step, updates))
             recorder.end_of_step(step, last=step == steps)
     return folder

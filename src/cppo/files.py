@@ -25,6 +25,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cppo.errors import StopError, UserError
+
 __all__ = [
     "DiskFullError",
     "append_jsonl",
@@ -57,7 +59,7 @@ _FULL_PHRASES = (
 )
 
 
-class DiskFullError(OSError):
+class DiskFullError(StopError, OSError):
     """There is no room for a file; `str()` is a sentence for the user, `filename` the path, `errno` the cause."""
 
     def __init__(self, path: str | os.PathLike[str], cause: BaseException):
@@ -228,7 +230,7 @@ def _whole_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
         except ValueError as error:
             if number == len(lines):  # after a power cut the last block may hold zeros, newline or not
                 break
-            raise ValueError(
+            raise UserError(
                 f"Line {number} of {path} is not a JSON object ({error}); it was changed by something other than "
                 "CPPO. Repair or delete that line."
             ) from error

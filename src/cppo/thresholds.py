@@ -36,22 +36,22 @@ def check_automatic(rule: str, parameters: Mapping[str, Any]) -> list[str]:
 
     Raises
     ------
-    ValueError : a parameter that is not a threshold is `AUTO`, or one that has no effect with the others.
+    UserError : a parameter that is not a threshold is `AUTO`, or one that has no effect with the others.
     """
     asked = [name for name, value in parameters.items() if isinstance(value, str) and value == AUTO]
     cls = RULES.get(rule)
     known = cls.limits if cls else {}
     for name in asked:
         if not known:
-            raise ValueError(f"rule.{name} is auto, but the rule {rule} has no threshold that could set itself.")
+            raise UserError(f"rule.{name} is auto, but the rule {rule} has no threshold that could set itself.")
         if name not in known:
-            raise ValueError(
+            raise UserError(
                 f"rule.{name} is auto, but it is not a threshold of {rule}: {' and '.join(known)} can set themselves. "
                 f"Give rule.{name} a value."
             )
     for name, why in (cls.idle_limits(parameters) if cls else {}).items():
         if name in asked:
-            raise ValueError(f"rule.{name} is auto, but rule.{why}: leave it out.")
+            raise UserError(f"rule.{name} is auto, but rule.{why}: leave it out.")
     return [name for name in known if name in asked]
 
 

@@ -9,7 +9,7 @@ import synthetic
 from cppo.cli import report as cli_report
 from cppo.config.load import Config
 from cppo.files import atomic_write_json, atomic_write_text
-from cppo.runs.records import append_metrics
+from cppo.runs.folder import RunFolder
 from cppo.study.compare import rule_variants
 from cppo.study.plan import Plan, make_plan
 from cppo.study.store import open_study
@@ -47,10 +47,10 @@ def write_run(folder: Path, config: Config, last: int = STEPS, length: int = 40,
             rows = synthetic.observe_step(recorder, rule, step, UPDATES, length=length)
             for row in rows:
                 more = {"completions/mean_length": 20.0 + step + config.seed, "entropy": 1 / (1 + step)}
-                append_metrics(folder, row | more | {"reward": row["reward"] + shift + 0.01 * config.seed})
+                RunFolder(folder).append_metrics(row | more | {"reward": row["reward"] + shift + 0.01 * config.seed})
             recorder.end_of_step(step, last=step == config.steps)
         if step % EVERY == 0 or step == config.steps:
-            append_metrics(folder, evaluation(step, shift + 0.02 * config.seed))
+            RunFolder(folder).append_metrics(evaluation(step, shift + 0.02 * config.seed))
     return folder
 
 

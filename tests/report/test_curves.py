@@ -8,7 +8,7 @@ import pytest
 from cppo.report.curves import Metric, band, by_step, chart_of, thinned, training_charts
 from cppo.report.source import open_source
 from cppo.report.trust import result_chart, trust_section
-from cppo.runs.records import read_metrics
+from cppo.runs.folder import RunFolder
 from cppo.study.statistics import expanded_level
 
 from .made import STEPS
@@ -49,7 +49,7 @@ def test_lines_are_means_over_finished_seeds(study):
     for line in chart.lines:
         folders = [study / "runs" / f"{line.label}-seed{seed}" for seed in (0, 1)]
         for step in range(1, STEPS + 1):
-            rewards = [row["reward"] for f in folders for row in read_metrics(f, "train") if row["step"] == step]
+            rewards = [row["reward"] for f in folders for row in RunFolder(f).metrics("train") if row["step"] == step]
             assert line.y[line.x.index(step)] == pytest.approx(np.mean(rewards))
         assert all(low <= y <= high for low, y, high in zip(line.low, line.y, line.high, strict=True))
         assert [thin.label for thin in line.thin] == [f"{line.label}-seed0", f"{line.label}-seed1"]
@@ -98,7 +98,7 @@ def test_shares_of_reasons(study):
     source = open_source(study)
     chart = named(source)["reasons"]
     cppo = list(chart.x).index("cppo")
-    rows = [row for seed in (0, 1) for row in read_metrics(study / "runs" / f"cppo-seed{seed}", "train")]
+    rows = [row for seed in (0, 1) for row in RunFolder(study / "runs" / f"cppo-seed{seed}").metrics("train")]
     for layer in chart.layers:
         assert layer.y[cppo] == pytest.approx(np.mean([row[f"trust/{layer.slot}_fraction"] for row in rows]))
     masked = np.mean([row["trust/masked_fraction"] for row in rows])

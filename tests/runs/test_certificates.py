@@ -13,7 +13,8 @@ import torch
 import cppo
 import synthetic
 from cppo.engines.trl.batch import BASELINE, GROUP, REWARD, TOKENS, attach_rewards
-from cppo.runs.certificates import Responses, certificate_row, read_certificates
+from cppo.runs.certificates import Responses, certificate_row
+from cppo.runs.folder import RunFolder
 from cppo.theory import certificate
 from cppo.training.recorder import RunRecorder
 
@@ -42,7 +43,7 @@ def test_row_equals_the_certificate_of_the_last_update(tmp_path: Path) -> None:
     verdict = judge(batch)
     observer(batch, verdict, inputs, 1)
     observer.end_of_step(7)
-    (row,) = read_certificates(tmp_path)
+    (row,) = RunFolder(tmp_path).certificates()
     R, baseline = inputs[REWARD].numpy(), inputs[BASELINE].numpy()
     assert verdict.divergence is not None
     log_ratio = (batch.policy_logp - batch.rollout_logp).numpy()
@@ -73,7 +74,7 @@ def test_micro_batches_and_padding_change_nothing(tmp_path: Path) -> None:
         split(part, judge(part), own, 0)
     for observer in (whole, split):
         observer.end_of_step(1)
-    (a,), (b,) = read_certificates(tmp_path / "whole"), read_certificates(tmp_path / "split")
+    (a,), (b,) = RunFolder(tmp_path / "whole").certificates(), RunFolder(tmp_path / "split").certificates()
     assert a == b
 
 
@@ -92,7 +93,7 @@ def test_groups_without_spread_count_for_the_gain_alone(tmp_path: Path) -> None:
     observer = record(tmp_path)
     observer(filtered, verdict, inputs, 0)
     observer.end_of_step(1)
-    (row,) = read_certificates(tmp_path)
+    (row,) = RunFolder(tmp_path).certificates()
     R, log_ratio = inputs[REWARD] - inputs[BASELINE], batch.policy_logp - batch.rollout_logp
     assert verdict.divergence is not None
     for rows, names in (
@@ -133,7 +134,7 @@ def test_a_rule_without_divergence_has_the_bound_from_ratios(tmp_path: Path) -> 
     without(batch, cppo.PPOClip()(batch), inputs, 0)
     for observer in (with_divergence, without):
         observer.end_of_step(1)
-    (a,), (b,) = read_certificates(tmp_path / "with"), read_certificates(tmp_path / "without")
+    (a,), (b,) = RunFolder(tmp_path / "with").certificates(), RunFolder(tmp_path / "without").certificates()
     assert b["divergence"] is None and not b["certified"]
     assert all(a[name] == b[name] for name in ("surrogate", "ratios", "improvement_low", "tokens", "horizon"))
     assert "pathwise" not in b and "expected" not in b
@@ -150,7 +151,7 @@ def test_no_certificate_without_rewards_or_finite_numbers(tmp_path: Path) -> Non
     bad = cppo.TokenBatch(broken, batch.rollout_logp, batch.advantages, batch.loss_mask)
     observer(bad, judge(bad), inputs, 0)
     observer.end_of_step(2)
-    assert read_certificates(tmp_path) == [] and observer.figures == {}
+    assert RunFolder(tmp_path).certificates() == [] and observer.figures == {}
 
 
 def test_resume_cuts_the_certificates(tmp_path: Path) -> None:
@@ -159,13 +160,13 @@ def test_resume_cuts_the_certificates(tmp_path: Path) -> None:
         batch, inputs = seen(seed=step)
         observer(batch, judge(batch), inputs, 0)
         observer.end_of_step(step)
-    before = read_certificates(tmp_path)
+    before = RunFolder(tmp_path).certificates()
     observer.truncate_after(1)
-    assert read_certificates(tmp_path) == before[:1]
+    assert RunFolder(tmp_path).certificates() == before[:1]
     batch, inputs = seen(seed=2)
     observer(batch, judge(batch), inputs, 0)
     observer.end_of_step(2)
-    assert read_certificates(tmp_path) == before[:2]
+    assert RunFolder(tmp_path).certificates() == before[:2]
 
 
 def test_rewards_baseline_and_group() -> None:

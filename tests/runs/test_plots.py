@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 import synthetic
 from cppo.files import atomic_write_text, read_jsonl
 from cppo.runs import charts, plots
-from cppo.runs.certificates import read_certificates
-from cppo.runs.records import append_metrics, best_evaluation
+from cppo.runs.folder import RunFolder
+from cppo.runs.records import best_evaluation
 from cppo.runs.summary import write_summary
 
 NAMES = ["reward.png", "avg.png", "masked.png", "divergence.png", "certificate.png"]
@@ -58,7 +58,7 @@ def test_plots_say_what_one_sees(run: Path) -> None:
     divergence = texts(plots.draw_divergence(positions))
     assert "steps 1-5: mean of the top 10%" in divergence and "steps 20-24: mean" in divergence
     assert "update 4 of a batch" in divergence
-    certificates = texts(plots.draw_certificate(read_certificates(run)))
+    certificates = texts(plots.draw_certificate(RunFolder(run).certificates()))
     assert (
         "How far the surrogate can be trusted" in certificates and "bound of its error, from the ratios" in certificates
     )
@@ -97,7 +97,7 @@ def test_many_benchmarks_and_wide_responses(tmp_path: Path) -> None:
     for step in (0, 5):
         scores = {f"avg/a benchmark with a long name {i}": 0.1 * (i % 5) + step / 50 for i in range(14)}
         row = {"step": step, "update": 0, "kind": "evaluation", "samples": 4}
-        append_metrics(tmp_path, row | scores | {"avg/mean": 0.3})
+        RunFolder(tmp_path).append_metrics(row | scores | {"avg/mean": 0.3})
     wide = {"step": 2, "update": 7, "width": 2, "count": [10, 10], "sum": [1.0, 2.0], "tail_mean": [0.5, 0.6]}
     narrow = {"step": 1, "update": 7, "width": 1, "count": [30, 10], "sum": [1.0, 1.0], "tail_mean": [0.1, 0.1]}
     atomic_write_text(tmp_path / "positions.jsonl", json.dumps(narrow) + "\n" + json.dumps(wide) + "\n")
@@ -159,7 +159,7 @@ def test_updates_without_a_token_are_no_update_in_which_nothing_was_held_back(tm
     shares = [(0.2, 0.8), (0.4, 0.6), (0.0, 0.0), (0.9, 0.1)]
     for update, (masked, kept) in enumerate(shares, 1):
         trust = {"trust/masked_fraction": masked, "trust/token_limit_fraction": masked, "trust/kept_fraction": kept}
-        append_metrics(tmp_path, {"step": (update + 1) // 2, "update": update, "kind": "train", **trust})
+        RunFolder(tmp_path).append_metrics({"step": (update + 1) // 2, "update": update, "kind": "train", **trust})
     text = write_summary(tmp_path)
     assert "the 3 of 4 updates that had a loss token" in text and "| 50.00% |" in text
     figure = plots.draw_masked(read_jsonl(tmp_path / "metrics.jsonl"))
@@ -176,7 +176,7 @@ def test_summary_of_an_adaptive_divergence(tmp_path: Path) -> None:
     for share in (0.1, 0.2):
         row = {"step": 2, "update": 3, "kind": "train", "trust/masked_fraction": 0.0, "trust/kept_fraction": 1.0}
         row |= {"trust/resolved_fraction": share}
-        append_metrics(tmp_path, row | ({"trust/divergence_bytes_per_token": 612.0} if share == 0.1 else {}))
+        RunFolder(tmp_path).append_metrics(row | ({"trust/divergence_bytes_per_token": 612.0} if share == 0.1 else {}))
     text = write_summary(tmp_path)
     assert all(part in text for part in said)
     assert "| 15.00% |" in text and "| 612 |" in text

@@ -8,7 +8,7 @@ import random
 import pytest
 from rich.console import Console
 
-from cppo.runs.records import append_metrics
+from cppo.runs.folder import RunFolder
 from cppo.study import results as results_module
 from cppo.study import tables
 from cppo.study.compare import write_results
@@ -79,7 +79,7 @@ def test_the_masked_share_is_of_updates_that_had_a_token(tmp_path):
     for update, (masked, kept) in enumerate(((0.8, 0.2), (0.6, 0.4), (0.0, 0.0), (0.0, 0.0), (0.0, 0.0))):
         row = {"step": 1, "update": update, "kind": "train", "reward": 0.0}
         shares = {"trust/masked_fraction": masked, "trust/token_limit_fraction": masked, "trust/kept_fraction": kept}
-        append_metrics(plan.folder_of(run), row | shares)
+        RunFolder(plan.folder_of(run)).append_metrics(row | shares)
     assert read_run(plan, run).masked_fraction == pytest.approx(0.7)
 
 
@@ -88,7 +88,7 @@ def test_best_is_within_the_run_and_its_benchmarks_at_that_step(tmp_path):
     run = plan.trained[0]
     for step, a, b in ((0, 0.1, 0.1), (1, 0.9, 0.2), (2, 0.5, 0.7), (3, 0.95, 0.0)):
         row = {"avg/a": a, "avg/b": b, "avg/mean": (a + b) / 2, "samples": 4}
-        append_metrics(plan.folder_of(run), {"step": step, "update": step, "kind": "evaluation"} | row)
+        RunFolder(plan.folder_of(run)).append_metrics({"step": step, "update": step, "kind": "evaluation"} | row)
     record = read_run(plan, run)
     assert (record.best_step, record.best["a"], record.best["b"]) == (2, 0.5, 0.7)
     assert record.final["a"] == 0.95
@@ -98,7 +98,7 @@ def test_a_run_in_progress_and_a_broken_one(tmp_path):
     plan = plan_of(tmp_path, seeds=1)
     first, second = plan.trained
     assert read_run(plan, first).state == "not started"
-    append_metrics(plan.folder_of(first), {"step": 1, "update": 1, "kind": "train", "reward": 0.5})
+    RunFolder(plan.folder_of(first)).append_metrics({"step": 1, "update": 1, "kind": "train", "reward": 0.5})
     assert (read_run(plan, first).state, read_run(plan, first).step) == ("in progress", 1)
     (plan.folder_of(second)).mkdir(parents=True)
     (plan.folder_of(second) / "metrics.jsonl").write_text("what\n{}\n")

@@ -15,11 +15,12 @@ from rich.console import Console
 
 from cppo.errors import UserError
 from cppo.files import DiskFullError
+from cppo.runs.folder import RunFolder
 from cppo.show.progress import RunProgress
 from cppo.study.compare import execute
 from cppo.study.results import read_results
 from cppo.study.runner import Runner
-from cppo.study.status import finished, last_error, newest_step
+from cppo.study.status import finished, last_error
 from cppo.study.store import load_plan
 
 from .planned import programmed
@@ -171,11 +172,11 @@ def test_last_error(text, status, says):
 
 
 def test_newest_step_of_a_torn_file(tmp_path):
-    assert newest_step(tmp_path) == 0
+    assert RunFolder(tmp_path).newest_step() is None
     rows = [{"step": step, "kind": "train", "fill": "x" * 900} for step in range(1, 200)]
     lines = [json.dumps(row) for row in [*rows, {"step": 199, "kind": "evaluation"}]]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 200, "ki')
-    assert newest_step(tmp_path) == 199
+    assert RunFolder(tmp_path).newest_step() == 199
 
 
 def test_a_full_disk_leaves_no_processes(study, monkeypatch):

@@ -16,7 +16,7 @@ from cppo.cli.compare import compare
 from cppo.cli.report import default_page, report
 from cppo.report.page import build
 from cppo.report.source import open_source
-from cppo.runs.records import read_metrics
+from cppo.runs.folder import RunFolder
 from cppo.study.results import read_results
 from cppo.study.store import load_plan
 from forks import python
@@ -95,7 +95,7 @@ def test_a_real_ablation(tmp_path: Path) -> None:
     (point,) = json.loads((folder / "delta" / "results.json").read_text())["answer"]["points"]
     run = folder / "runs" / "cppo-0.1-seed0"
     assert json.loads((run / "calibration.json").read_text())["target"] == 0.1
-    rows = [row for row in read_metrics(run) if row["kind"] == "train" and row["step"] > 1]
+    rows = [row for row in RunFolder(run).metrics() if row["kind"] == "train" and row["step"] > 1]
     assert len(rows) == 4  # two updates in each of the steps after the calibration
     assert point["masked"] == pytest.approx(sum(row["trust/masked_fraction"] for row in rows) / 4)
     assert point["final"]["count"] == 1

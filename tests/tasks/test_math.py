@@ -6,6 +6,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from cppo.errors import UserError
 from cppo.tasks import Task, make_task
 from cppo.tasks.math import INSTRUCTION
 
@@ -151,7 +152,7 @@ def test_parquet_without_answers_names_its_columns(write):
 
 
 def test_missing_sources_get_a_sentence(tmp_path, monkeypatch):
-    with pytest.raises(FileNotFoundError, match=r"there is no file .*nowhere\.parquet"):
+    with pytest.raises(UserError, match=r"there is no file .*nowhere\.parquet"):
         make_task("math", train=str(tmp_path / "nowhere.parquet"))
     with pytest.raises(ValueError, match=r"needs data: set train="):
         make_task("math")
@@ -165,7 +166,7 @@ def test_a_hub_id_without_network_says_what_to_do():
     before = datasets.config.HF_HUB_OFFLINE
     datasets.config.HF_HUB_OFFLINE = True
     try:
-        with pytest.raises(FileNotFoundError, match=r"could not be loaded from the hub.*download its Parquet file"):
+        with pytest.raises(UserError, match=r"could not be loaded from the hub.*download its Parquet file"):
             make_task("math", train="nobody-at-all/no-such-data-set")
     finally:
         datasets.config.HF_HUB_OFFLINE = before

@@ -13,9 +13,9 @@ import cppo
 import synthetic
 from cppo import files
 from cppo.files import read_jsonl
+from cppo.runs.folder import RunFolder
 from cppo.runs.positions import MAX_BUCKETS, by_position
-from cppo.runs.records import append_metrics, judged, read_metrics, samples_path
-from cppo.runs.samples import read_samples
+from cppo.runs.records import judged
 from cppo.training import recorder as recording
 from cppo.training.recorder import RunRecorder
 
@@ -25,13 +25,13 @@ def recorder(folder: Path, **kwargs: int) -> RunRecorder:
 
 
 def test_metrics_round_trip(tmp_path: Path) -> None:
-    assert read_metrics(tmp_path) == []
+    assert RunFolder(tmp_path).metrics() == []
     row = {"step": 1, "update": 0, "kind": "train", "loss": float("nan"), "reward": torch.tensor(0.5), "x": math.inf}
-    append_metrics(tmp_path, row, {"step": 1, "update": 0, "kind": "evaluation", "avg/mean": 0.25})
-    assert read_metrics(tmp_path, "train") == [row | {"loss": None, "reward": 0.5, "x": None}]
-    assert len(read_metrics(tmp_path)) == 2
+    RunFolder(tmp_path).append_metrics(row, {"step": 1, "update": 0, "kind": "evaluation", "avg/mean": 0.25})
+    assert RunFolder(tmp_path).metrics("train") == [row | {"loss": None, "reward": 0.5, "x": None}]
+    assert len(RunFolder(tmp_path).metrics()) == 2
     with pytest.raises(ValueError, match="without 'kind'"):
-        append_metrics(tmp_path, {"step": 1, "update": 0})
+        RunFolder(tmp_path).append_metrics({"step": 1, "update": 0})
 
 
 def test_by_position_equals_a_loop() -> None:
@@ -120,7 +120,7 @@ def test_samples_hold_what_the_rule_decided(tmp_path: Path) -> None:
     verdict = judge(batch)
     record(batch, verdict, inputs, 0)
     record.end_of_step(10)
-    rows = read_samples(tmp_path)
+    rows = RunFolder(tmp_path).samples()
     held = torch.isin(verdict.reason, torch.tensor([2, 3, 4, 5])).any(-1).tolist()
     assert 0 < sum(held) < 8, "the data must have both kinds of rows"
     expected = [i for i in range(8) if held[i]] + [i for i in range(8) if not held[i]]
@@ -141,7 +141,7 @@ def test_samples_hold_what_the_rule_decided(tmp_path: Path) -> None:
         assert row["coefficient"] == pytest.approx(verdict.coefficient[at, :length].tolist(), rel=1e-5)
         assert row["advantage"] == pytest.approx(float(batch.advantages[at]), rel=1e-5)
         assert row["budget_used"] == pytest.approx(float(verdict.budget_used[at]), rel=1e-5)
-    assert "NaN" not in samples_path(tmp_path, 10).read_text()
+    assert "NaN" not in RunFolder(tmp_path).samples_file(10).read_text()
 
 
 @pytest.mark.parametrize("name", list(cppo.RULES))
@@ -155,7 +155,7 @@ def test_every_rule_and_holes(tmp_path: Path, name: str) -> None:
     record = recorder(tmp_path, count=9)
     record(batch, cppo.make_rule(name)(batch), inputs, 0)
     record.end_of_step(1)
-    rows = read_samples(tmp_path)
+    rows = RunFolder(tmp_path).samples()
     assert len(rows) == 4 and len(read_jsonl(tmp_path / "positions.jsonl")) == 1
     for row in rows:
         assert row["reason"][2:4] == ["outside", "outside"] and row["log_ratio"][2] is None and row["mask"][2] == 0
@@ -178,7 +178,7 @@ def test_sampling_interval(tmp_path: Path) -> None:
 def test_resume_writes_the_same_bytes(tmp_path: Path) -> None:
     def run(folder: Path, first: int, last: int, record: RunRecorder) -> None:
         for step in range(first, last + 1):
-            append_metrics(folder, *synthetic.observe_step(record, synthetic.rule(), step, 2))
+            RunFolder(folder).append_metrics(*synthetic.observe_step(record, synthetic.rule(), step, 2))
             record.end_of_step(step)
 
     run(tmp_path / "a", 1, 6, recorder(tmp_path / "a", every=2))

@@ -143,7 +143,7 @@ def _numbers(option: str, text: str | None, kind: Callable[[str], T]) -> tuple[T
 
 def _new_plan(base: Base, suites: Sequence[Suite], seeds: int, jobs: int | None, out: Path | None) -> Plan:
     """The plan of what was typed, written into its folder."""
-    from cppo.runs.folder import versions
+    from cppo.runs.prepare import versions
     from cppo.study import store
     from cppo.study.ablate.suite import plan_of
     from cppo.study.compare import free_folder

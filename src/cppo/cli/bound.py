@@ -12,7 +12,7 @@ from rich.console import Console, Group
 from rich.markup import escape
 
 from cppo import theory
-from cppo.errors import UserError
+from cppo.errors import UserError, as_user_error
 from cppo.show.tables import Cells
 from cppo.theory import Constant, ScheduleCost, bounds, coefficients, is_monotone, make_schedule
 
@@ -114,15 +114,16 @@ def certificates_of(run: Path) -> list[dict[str, Any]]:
     ------
     UserError : no run is there, or it has no certificates, and why that can be.
     """
-    from cppo.runs.certificates import CERTIFICATES_FILE, read_certificates
+    from cppo.runs.folder import RunFolder
 
-    if not (run / "config.yaml").is_file():
-        raise UserError(f"--run {run}: there is no run ({run / 'config.yaml'} is missing).")
-    rows = read_certificates(run)
+    folder = RunFolder(run)
+    if not folder.exists:
+        raise UserError(f"--run {run}: there is no run ({folder.config_file} is missing).")
+    rows = folder.certificates()
     if not rows:
         raise UserError(
-            f"the run {run} has no certificates ({CERTIFICATES_FILE}): no rollout batch has ended, no response had a "
-            "loss token, or it was made before certificates were written."
+            f"the run {run} has no certificates ({folder.certificates_file.name}): no rollout batch has ended, "
+            "no response had a loss token, or it was made before certificates were written."
         )
     return rows
 
@@ -211,15 +212,16 @@ def bound(
         raise UserError("give --horizon T, the tokens of the longest response (such as 8192), or --run RUN.")
     from cppo.rules.base import RULES, rule_class
 
-    for name in rule or ():
-        rule_class(name)  # an unknown name is an error that lists the rules
+    with as_user_error():
+        for name in rule or ():
+            rule_class(name)  # an unknown name is an error that lists the rules
+        constants = theory.constants(horizon, delta, delta_b, w_min, xi=xi, schedule=schedule)
+        found = conditions(horizon, delta, delta_b, w_min, schedule)
+        costs = theory.compare_schedules(horizon, delta, delta_b, w_min=w_min, xi=xi) if schedules else []
     settings = {"horizon": horizon, "delta": delta, "delta_b": delta_b, "w_min": w_min, "xi": xi, "schedule": schedule}
-    constants = theory.constants(horizon, delta, delta_b, w_min, xi=xi, schedule=schedule)
     bounded = {row.rule for row in constants}
     constants += [Constant(n, "none", "-", None, r.unbounded) for n, r in RULES.items() if n not in bounded]
     constants = [row for row in constants if not rule or row.rule in rule]
-    found = conditions(horizon, delta, delta_b, w_min, schedule)
-    costs = theory.compare_schedules(horizon, delta, delta_b, w_min=w_min, xi=xi) if schedules else []
     if as_json:
         typer.echo(json.dumps(constants_as_json(settings, constants, found, costs), indent=2))
     else:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, ParamSpec
@@ -13,13 +11,10 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from cppo.errors import UserError
+from cppo.errors import StopError, UserError
 
 #: Show tracebacks of mistakes, too (`--debug`).
 debug = False
-
-#: The package: what an error was raised in tells whether it is a sentence.
-_HERE = str(Path(__file__).resolve().parents[1])
 
 P = ParamSpec("P")
 
@@ -28,16 +23,6 @@ def fail(message: str, status: int) -> typer.Exit:
     start = "" if status == 130 else "[bold red]Error:[/] "
     Console(stderr=True, highlight=False, soft_wrap=True).print(start + escape(message))
     return typer.Exit(status)
-
-
-def _ours(error: BaseException) -> bool:
-    """Whether this package itself raised an error, so that its message is a sentence: not torch in a call of ours."""
-    if type(error).__module__.partition(".")[0] == "cppo":
-        return True
-    frames = traceback.extract_tb(error.__traceback__)
-    if not frames or not str(Path(frames[-1].filename).resolve()).startswith(_HERE + os.sep):
-        return False
-    return (frames[-1].line or "").startswith("raise ")
 
 
 def sentences(command: Callable[P, None]) -> Callable[P, None]:
@@ -54,12 +39,10 @@ def sentences(command: Callable[P, None]) -> Callable[P, None]:
             raise
         except KeyboardInterrupt as error:
             raise fail(str(error) or "Stopped.", 130) from None
-        except Exception as error:
-            if debug or not _ours(error):
+        except (UserError, StopError) as error:
+            if debug:
                 raise
-            raise fail(
-                str(error), 2 if isinstance(error, ValueError | ImportError | FileNotFoundError) else 1
-            ) from None
+            raise fail(str(error), 2 if isinstance(error, UserError) else 1) from None
 
     return wrapped
 

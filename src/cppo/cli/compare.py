@@ -114,7 +114,7 @@ def _new_plan(
 ) -> Plan:
     """The plan of what was typed, written into its folder."""
     from cppo.config.load import DEFAULT_RECIPE
-    from cppo.runs.folder import versions
+    from cppo.runs.prepare import versions
     from cppo.study import store
     from cppo.study.compare import TABLE_1, free_folder, rule_variants
     from cppo.study.plan import make_plan

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console, Group
 from rich.markup import escape
 
-from cppo.errors import UserError
+from cppo.errors import UserError, as_user_error
 from cppo.show.tables import Cells
 
 if TYPE_CHECKING:
@@ -78,7 +78,8 @@ def chosen_rules(names: Sequence[str], settings: Sequence[str]) -> list[TrustReg
     from cppo.rules import RULES, make_rule
 
     parameters = parse_settings(list(names) or list(RULES), settings)
-    return [make_rule(name, **given) for name, given in parameters.items()]
+    with as_user_error():
+        return [make_rule(name, **given) for name, given in parameters.items()]
 
 
 def parse_settings(names: Sequence[str], settings: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -86,7 +87,7 @@ def parse_settings(names: Sequence[str], settings: Sequence[str]) -> dict[str, d
 
     Raises
     ------
-    ValueError : a setting of a rule that is unknown or not among the names, or not of that form.
+    UserError : a setting of a rule that is unknown or not among the names, or not of that form.
     """
     from cppo.rules.base import rule_class
 
@@ -97,7 +98,8 @@ def parse_settings(names: Sequence[str], settings: Sequence[str]) -> dict[str, d
         if not (equals and dot and rule and parameter):
             raise UserError(f"--set {setting!r}: expected RULE.PARAMETER=VALUE, such as cppo.delta=0.1.")
         if rule not in parameters:
-            rule_class(rule)  # an unknown name is an error that lists the rules
+            with as_user_error():
+                rule_class(rule)  # an unknown name is an error that lists the rules
             raise UserError(f"--set {setting}: the rule {rule} is not shown; add --rule {rule}.")
         parameters[rule][parameter] = _value(text)
     return parameters

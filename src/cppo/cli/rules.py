@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from cppo.errors import as_user_error
+
 
 def rules(
     name: Annotated[str | None, typer.Argument(help="One rule: its formula and parameters.")] = None,
@@ -21,7 +23,8 @@ def rules(
 
     console = Console(highlight=False)
     if name is not None:
-        rule = rule_class(name)
+        with as_user_error():
+            rule = rule_class(name)
         console.print(f"[bold]{name}[/]  {escape(rule.source)}\n", soft_wrap=True)
         console.print(inspect.getdoc(rule) or "", markup=False, soft_wrap=True)
         console.print(f"\nDefaults: {escape(_parameters(rule) or 'no parameters')}", soft_wrap=True)

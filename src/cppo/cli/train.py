@@ -39,19 +39,20 @@ def train(
     cppo train --resume runs/arithmetic-cppo-001
     """
     from cppo.config.load import load_config
+    from cppo.runs.folder import RunFolder
 
     recipe, overrides = split_arguments(arguments or [])
     if resume is not None:
         if arguments:
             raise UserError(
                 f"--resume {resume} goes on with the settings of that run and takes no others (got "
-                f"{' '.join(arguments)}). "
-                f"To train with other settings start a new run: cppo train {resume / 'config.yaml'} output_dir=null ..."
+                f"{' '.join(arguments)}). To train with other settings start a new run: cppo train "
+                f"{RunFolder(resume).config_file} output_dir=null ..."
             )
-        saved = resume / "config.yaml"
-        if not saved.is_file():
-            raise UserError(f"--resume {resume}: there is no run ({saved} is missing).{_runs_nearby(resume)}")
-        config = load_config(saved)
+        run = RunFolder(resume)
+        if not run.exists:
+            raise UserError(f"--resume {resume}: there is no run ({run.config_file} is missing).{_runs_nearby(resume)}")
+        config = load_config(run.config_file)
     else:
         config = load_config(recipe, overrides)
     from cppo.training.run import train as run_training
@@ -60,11 +61,14 @@ def train(
 
 
 def _runs_nearby(folder: Path) -> str:
-    """The newest run beside a folder that is none, as a hint."""
+    """The newest run beside a folder that is not one, as a hint."""
+    from cppo.runs.folder import RunFolder
+
     candidates = [folder, folder.parent, Path("runs")]
-    found = [path.parent for parent in candidates if parent.is_dir() for path in parent.glob("*/config.yaml")]
-    newest = max(found, key=lambda path: (path / "config.yaml").stat().st_mtime, default=None)
-    return f" The newest run there is {newest}." if newest else ""
+    entries = [RunFolder(path) for parent in candidates if parent.is_dir() for path in parent.iterdir()]
+    found = [run for run in entries if run.exists]
+    newest = max(found, key=lambda run: run.config_file.stat().st_mtime, default=None)
+    return f" The newest run there is {newest.path}." if newest else ""
 
 
 def evaluate(
@@ -120,20 +124,21 @@ def locate(model: str) -> tuple[str, Path | None]:
     ------
     UserError : a path that does not exist, or a run that has no policy yet.
     """
+    from cppo.runs.folder import RunFolder
+
     path = Path(model)
     if not path.exists():
         if path.is_absolute() or model.startswith((".", "~", "runs/")) or model.count("/") > 1:
             raise UserError(f"there is no folder {model}.{_runs_nearby(path)}")
         return model, None  # a hub id
-    if (path / "config.yaml").is_file() and not (path / "config.json").exists():
-        policies = sorted(path.glob("best/step-*")) or sorted(path.glob("checkpoints/step-*"))
-        if not policies:
-            raise UserError(
-                f"the run {model} has no policy yet: neither {path / 'best'} nor {path / 'checkpoints'} holds one."
-            )
-        return str(policies[-1]), path / "config.yaml"
-    saved = [parent / "config.yaml" for parent in list(path.resolve().parents)[:2]]
-    return model, next((file for file in saved if file.is_file()), None)
+    run = RunFolder(path)
+    if run.exists and not (path / "config.json").exists():
+        policy = run.policy()
+        if policy is None:
+            raise UserError(f"the run {model} has no policy yet: neither {run.best} nor {run.checkpoints} holds one.")
+        return str(policy), run.config_file
+    around = [RunFolder(parent) for parent in list(path.resolve().parents)[:2]]
+    return model, next((run.config_file for run in around if run.exists), None)
 
 
 def evaluation_table(model: str, row: Mapping[str, Any]) -> Group:

@@ -82,12 +82,12 @@ def find_recipe(recipe: str | Path) -> Path:
     if path.is_file():
         return path
     if path.is_dir():
-        if (path / "config.yaml").exists():
+        if (path / yaml_io.CONFIG_FILE).exists():
             raise ConfigError(
                 [
                     f"{recipe} is the folder of a run. Go on with it by `cppo train --resume {recipe}`, or repeat it "
                     "by "
-                    f"`cppo train {path / 'config.yaml'} output_dir=null`."
+                    f"`cppo train {path / yaml_io.CONFIG_FILE} output_dir=null`."
                 ]
             )
         raise ConfigError([f"{recipe} is a folder, expected a recipe: a YAML file or one of {', '.join(shipped)}."])

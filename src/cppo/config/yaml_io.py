@@ -28,6 +28,10 @@ _RULES: tuple[tuple[str, str, str], ...] = (
 )
 
 
+#: A run's own configuration, in its folder.
+CONFIG_FILE = "config.yaml"
+
+
 class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()

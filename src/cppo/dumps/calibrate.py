@@ -18,7 +18,7 @@ import torch
 from cppo.dumps.dump import Dump
 from cppo.dumps.inspect import last_update
 from cppo.dumps.scores import Scores
-from cppo.errors import UserError
+from cppo.errors import UserError, as_user_error
 from cppo.rules import DPPO, PPOClip, Reason, TrustRegion, make_rule
 from cppo.rules.base import held_back, rule_class
 from cppo.thresholds import Sample, Unreachable, check_automatic, solve
@@ -35,7 +35,8 @@ def thresholds_asked(name: str, given: Mapping[str, Any]) -> tuple[list[str], di
     ------
     ValueError : an unknown rule, or "auto" for what is not a threshold. UserError : nothing is left to solve for.
     """
-    rule = rule_class(name)
+    with as_user_error():
+        rule = rule_class(name)
     asked = check_automatic(name, given)
     fixed = {key: value for key, value in given.items() if key not in asked}
     if not asked:
@@ -87,7 +88,8 @@ def calibrate_dump(
     found: dict[str, Any] = {}
     for name, given in rules.items():
         asked, fixed = thresholds_asked(name, given)
-        rule = make_rule(name, **fixed)
+        with as_user_error():
+            rule = make_rule(name, **fixed)
         kind, D = scores.main() if translated else scores.asked_for(rule)
         found[name] = _solved(rule, asked, Sample.of(dump.padded(D), seen), target) | {
             "divergence": kind,

@@ -20,7 +20,7 @@ import torch
 from cppo.dumps.export import dump_observer, verl_rows, write_dump
 from cppo.dumps.read import COLUMNS, SUFFIXES, Builder, mistake, read_rows
 from cppo.errors import UserError
-from cppo.runs.certificates import read_certificates
+from cppo.runs.folder import RunFolder
 from cppo.tokens import TokenBatch
 from cppo.words import nearest
 
@@ -205,8 +205,8 @@ def read_dump(path: str | Path) -> Dump:
 def _files(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
-    is_run = (path / "config.yaml").is_file()
-    folder = path / "samples" if is_run else path
+    is_run = RunFolder(path).exists
+    folder = RunFolder(path).samples_folder if is_run else path
     found = sorted(file for suffix in SUFFIXES for file in folder.glob(f"*{suffix}"))
     if found:
         return found
@@ -282,9 +282,9 @@ def _complete(dump: Dump) -> tuple[Dump, list[str]]:
             "these are samples of a run: first responses in which a token was held back, then others. Shares are not "
             "those of the whole batch (metrics.jsonl has them)."
         )
-        runs = [folder for folder in (dump.path, dump.path.parent.parent) if (folder / "config.yaml").is_file()]
+        runs = [folder for folder in (dump.path, dump.path.parent.parent) if RunFolder(folder).exists]
         if dump.divergence is not None and dump.divergence_name is None and runs:
-            rows = read_certificates(runs[0])
+            rows = RunFolder(runs[0]).certificates()
             dump = replace(dump, divergence_name=rows[-1]["divergence"] if rows else None)
     if dump.advantages is None and dump.reward is not None and dump.group is not None:
         known = np.isfinite(dump.reward)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from cppo.divergence import BINARY
-from cppo.errors import UserError
+from cppo.errors import UserError, as_user_error
 from cppo.objective import Reduce, metrics, token_loss
 from cppo.rules import Reason, TrustRegion, Verdict, make_rule
 from cppo.tokens import TokenBatch
@@ -38,7 +38,7 @@ class EngineVersionWarning(UserWarning):
     """The installed engine is not of a version that the adapter was written for."""
 
 
-class EngineChangedError(ImportError):
+class EngineChangedError(UserError, ImportError):
     """The installed engine no longer has the shape that the adapter was written for."""
 
 
@@ -177,14 +177,15 @@ class TrustRegionLoss:
 
         Raises
         ------
-        ValueError : the first batch holds values that cannot be (`TokenBatch.check`).
-        UserError : the mean divergence of the first batch is above `max_on_policy_divergence`.
+        UserError : the first batch holds values that cannot be (`TokenBatch.check`), or its mean divergence is above
+            `max_on_policy_divergence`.
         """
         # A micro-batch without any loss token (padding rows of some engines) tells nothing: wait for the next one.
         some = bool(batch.loss_mask.any()) if self.first else True
         first = self.first and (some if on_policy is None else on_policy)
         if first and some:
-            batch.check()
+            with as_user_error(f"{self.engine}: "):
+                batch.check()
         verdict = self.rule(batch)
         stats = metrics(batch, verdict, first_update=first if on_policy is None else on_policy, reduce=reduce)
         if first and any(stats[f"trust/{reason.key}_fraction"] for reason in Reason if reason != Reason.OUTSIDE):

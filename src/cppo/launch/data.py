@@ -42,7 +42,7 @@ def prepare(config: Config, folder: Path) -> Prepared:
     Raises
     ------
     UserError : the recipe's task is another one, or it has no training or no validation problems.
-    ValueError, FileNotFoundError, MissingDependency : as `cppo.tasks.math.Math`.
+    UserError : as `cppo.tasks.math.Math`.
     """
     if config.task.name != "math":
         raise UserError(f"task.name is {config.task.name!r}: --prepare-data writes the data of the task math.")

@@ -14,6 +14,7 @@ from cppo.config.load import Config
 from cppo.errors import UserError
 from cppo.launch import command
 from cppo.launch.command import Setting, setting
+from cppo.runs.folder import RunFolder
 
 #: `--mode`, and the trainer of ours that it means.
 MODES = {"sync": "cppo_sync", "colocate-async": "cppo_colocate_async", "separate-async": "cppo_separate_async"}
@@ -73,8 +74,12 @@ class Cluster:
         return self.rollout_nnodes or self.nnodes // 2, self.gpus_per_node
 
 
+#: verl writes its own figures under our name for them.
+METRICS = RunFolder(".").metrics_file.name
+
+
 def verl_settings(
-    config: Config, cluster: Cluster, data_dir: Path, output: Path, engine: str = "dp", metrics: str = "metrics.jsonl"
+    config: Config, cluster: Cluster, data_dir: Path, output: Path, engine: str = "dp", metrics: str = METRICS
 ) -> dict[str, Setting]:
     """Every setting of verl's that follows from a recipe, by key, in the order in which they are shown.
 

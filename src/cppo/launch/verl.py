@@ -30,6 +30,7 @@ from cppo.launch import command
 from cppo.launch.checks import listed
 from cppo.launch.command import Setting, setting
 from cppo.launch.settings import Cluster, environment, verl_settings
+from cppo.runs.folder import RunFolder
 
 #: Keys of a recipe that mean nothing to verl, and why; on the command line they are refused.
 WITHOUT_MEANING: Mapping[str, str] = {
@@ -148,7 +149,7 @@ def plan(
         raise ConfigError(found)
     engine = next((entry.value or "dp" for entry in theirs if entry.key == "model_engine"), "dp")
     output = Path(config.output_dir or Path("runs") / f"{config.name}-{config.rule.name}-verl").absolute()
-    metrics = _free_name(output / "metrics.jsonl")
+    metrics = _free_name(RunFolder(output).metrics_file)
     folder = (data_dir or Path("data") / "verl").expanduser().absolute()
     settings = verl_settings(config, cluster, folder, output, engine, metrics.name)
     token_limit = settings[f"{_ACTOR}.ppo_max_token_len_per_gpu"]
@@ -285,7 +286,7 @@ def run(ready: Plan, resume: bool = False, say: Callable[[str], None] = print) -
         raise UserError(missing)
     _guard(ready, resume, say)
     atomic_write_text(ready.output / "command.sh", "#!/bin/sh\n" + ready.shell())
-    atomic_write_text(ready.output / "config.yaml", ready.config.to_yaml())
+    atomic_write_text(RunFolder(ready.output).config_file, ready.config.to_yaml())
     atomic_write_text(ready.output / "verl.json", json.dumps(_saved(ready), indent=2) + "\n")
     say(f"Checkpoints, metrics and the command itself: {ready.output}")
     status = supervise(

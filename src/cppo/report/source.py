@@ -7,22 +7,17 @@ Only finished runs count in means and intervals, as in the tables; the others ar
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from cppo.config import yaml_io
+from cppo.config.yaml_io import CONFIG_FILE
 from cppo.dumps.read import SUFFIXES
 from cppo.errors import UserError
-from cppo.files import read_jsonl
 from cppo.rules import TrustRegion
 from cppo.runs.calibration import rule_of_run
-from cppo.runs.certificates import read_certificates
-from cppo.runs.records import POSITIONS_FILE, SAMPLES_FOLDER, read_metrics
+from cppo.runs.folder import RunFolder
 from cppo.study.plan import Plan
 from cppo.study.results import Results, read_results
 from cppo.study.store import STUDY_FILE, load_plan
@@ -30,7 +25,6 @@ from cppo.study.store import STUDY_FILE, load_plan
 Row = Mapping[str, Any]
 
 #: The file that makes a folder a run.
-CONFIG_FILE = "config.yaml"
 
 FINISHED, FAILED, IN_PROGRESS, NOT_STARTED = "finished", "failed", "in progress", "not started"
 
@@ -62,7 +56,7 @@ class RunFiles:
     @property
     def samples(self) -> list[Path]:
         """The files of sampled responses, oldest first."""
-        return sorted((self.folder / SAMPLES_FOLDER).glob("step-*.jsonl"))
+        return RunFolder(self.folder).sample_files()
 
 
 @dataclass
@@ -97,12 +91,12 @@ def open_source(path: Path) -> Source:
     """
     if (path / STUDY_FILE).is_file():
         return _study(path)
-    if (path / CONFIG_FILE).is_file():
+    if RunFolder(path).exists:
         return _run(path)
     if path.suffix in SUFFIXES and path.is_file():
         return Source("dump", path)
     if path.is_dir() and any(entry.suffix in SUFFIXES for entry in path.iterdir()):
-        if (path / "metrics.jsonl").is_file():
+        if RunFolder(path).metrics_file.is_file():
             raise UserError(f"{path} looks like a run, but its {CONFIG_FILE} is missing: what was run cannot be told.")
         return Source("dump", path)
     if not path.exists():
@@ -155,7 +149,7 @@ def _mark_study(source: Source) -> None:
 
 
 def _run(path: Path) -> Source:
-    raw = _yaml(path / CONFIG_FILE)
+    raw = RunFolder(path).config()
     chosen = raw.get("rule")
     name = str(chosen.get("name", "?") if isinstance(chosen, Mapping) else chosen)
     folder_name = path.resolve().name
@@ -168,8 +162,7 @@ def _run(path: Path) -> Source:
         source.marks.append(f"The run's rule cannot be made here, so the token view shows others only: {error}")
     _read_logs(run, source.marks)
     run.step = max((int(row["step"]) for row in run.rows("train")), default=0)
-    ended = any(row.get("step") == run.step for row in run.rows("evaluation")) or (path / "summary.md").is_file()
-    if run.step and ended and (steps is None or run.step >= steps):
+    if run.step and RunFolder(path).finished(run.step if steps is None else steps):
         run.state = FINISHED
     if run.state != FINISHED:
         source.marks.append(_how_far(run))
@@ -188,28 +181,15 @@ def _how_far(run: RunFiles) -> str:
 
 def _read_logs(run: RunFiles, marks: list[str]) -> None:
     """metrics, positions, certificates, versions; a file that cannot be read is a mark and not the end."""
+    folder = RunFolder(run.folder)
     readers = (
-        ("metrics", lambda: read_metrics(run.folder)),
-        ("positions", lambda: read_jsonl(run.folder / POSITIONS_FILE)),
-        ("certificates", lambda: read_certificates(run.folder)),
+        ("metrics", folder.metrics),
+        ("positions", folder.positions),
+        ("certificates", folder.certificates),
     )
     for name, read in readers:
         try:
             setattr(run, name, read())
         except (OSError, ValueError) as error:
             marks.append(f"{run.name}: {error}")
-    try:
-        found = json.loads((run.folder / "versions.json").read_text(encoding="utf-8"))
-        run.versions = found if isinstance(found, dict) else {}
-    except (OSError, ValueError):
-        run.versions = {}
-
-
-def _yaml(path: Path) -> dict[str, Any]:
-    try:
-        raw = yaml_io.read(path)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    if not isinstance(raw, dict):
-        raise UserError(f"{path} holds no configuration of a run.")
-    return raw
+    run.versions = folder.versions()

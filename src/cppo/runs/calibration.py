@@ -21,14 +21,9 @@ from cppo.config.load import load_config
 from cppo.config.settings import RuleSettings
 from cppo.errors import UserError
 from cppo.rules import TrustRegion
+from cppo.runs.folder import RunFolder
 from cppo.thresholds import Sample
 from cppo.tokens import TokenBatch
-
-CALIBRATION_FILE = "calibration.json"
-
-
-DATA_FOLDER = "calibration"
-
 
 #: One update's tokens: packed "policy_logp", "rollout_logp", "advantages", perhaps "divergence", and "lengths".
 Part = dict[str, Tensor]
@@ -43,11 +38,6 @@ def show(thresholds: Mapping[str, float]) -> str:
     return " ".join(f"{name}={value:.4g}" for name, value in thresholds.items())
 
 
-def data_path(folder: str | Path, step: int) -> Path:
-    """Where the tokens of a batch lie: calibration/step-000001.safetensors."""
-    return Path(folder) / DATA_FOLDER / f"step-{step:06d}.safetensors"
-
-
 def read_sample(folder: str | Path, steps: Sequence[int]) -> Sample:
     """The tokens of some batches of a run, every update of every batch with the same weight.
 
@@ -57,7 +47,7 @@ def read_sample(folder: str | Path, steps: Sequence[int]) -> Sample:
     """
     parts: list[Part] = []
     for step in steps:
-        path = data_path(folder, step)
+        path = RunFolder(folder).calibration_data(step)
         try:
             tensors = load_file(path)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -99,7 +89,7 @@ def write_calibration(folder: Path, rule: str, target: float, steps: int, histor
     """`calibration.json`: "thresholds" are the final ones, null as long as there are none."""
     final = latest_thresholds(history) if is_final(history, steps) else None
     record = {"rule": rule, "target": target, "steps": steps, "thresholds": final, "history": history}
-    files.atomic_write_json(folder / CALIBRATION_FILE, record)
+    files.atomic_write_json(RunFolder(folder).calibration_file, record)
 
 
 def read_calibration(folder: str | Path) -> dict[str, Any] | None:
@@ -109,7 +99,7 @@ def read_calibration(folder: str | Path) -> dict[str, Any] | None:
     ------
     UserError : the file cannot be read.
     """
-    path = Path(folder) / CALIBRATION_FILE
+    path = RunFolder(folder).calibration_file
     if not path.exists():
         return None
     try:
@@ -129,7 +119,7 @@ def truncate_calibration(folder: str | Path, step: int) -> None:
     UserError : the run is beyond its calibration, and what was chosen is gone.
     """
     root = Path(folder)
-    for path in (root / DATA_FOLDER).glob("step-*.safetensors"):
+    for path in RunFolder(root).calibration_data(0).parent.glob("step-*.safetensors"):
         number = path.stem.removeprefix("step-")
         if number.isdigit() and int(number) > step:
             path.unlink()
@@ -138,7 +128,7 @@ def truncate_calibration(folder: str | Path, step: int) -> None:
         return
     history = [entry for entry in record["history"] if entry["step"] <= step]
     if not history:
-        (root / CALIBRATION_FILE).unlink()
+        RunFolder(root).calibration_file.unlink()
     elif history != record["history"]:
         write_calibration(root, record["rule"], record["target"], record["steps"], history)
 
@@ -150,10 +140,10 @@ def rule_of_run(folder: str | Path) -> TrustRegion:
     ------
     UserError : there is no run, or its thresholds are not known yet.
     """
-    path = Path(folder) / "config.yaml"
-    if not path.is_file():
-        raise UserError(f"{folder} is no folder of a run: it has no config.yaml.")
-    config = load_config(path)
+    run = RunFolder(folder)
+    if not run.exists:
+        raise UserError(f"{folder} is not the folder of a run: it has no {run.config_file.name}.")
+    config = load_config(run.config_file)
     if not config.rule.automatic:
         return config.make_rule()
     record = read_calibration(folder)

@@ -11,17 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cppo.files import read_jsonl, rounded
+from cppo.files import rounded
 from cppo.runs.positions import bucket_width
 from cppo.theory import Certificate, Positions, certificate
-
-CERTIFICATES_FILE = "certificates.jsonl"
 
 #: Divergences that are the exact TV or bound it from above (`exact_kl` through Pinsker); others bound it from below.
 CERTIFIED = ("exact_tv", "topk_tv_upper", "exact_kl")
@@ -112,8 +109,3 @@ def _by_position(found: Positions | None) -> dict[str, Any]:
         "expected_high": reduced(found.expected_high, np.mean),
         "largest": reduced(found.largest, np.max),
     }
-
-
-def read_certificates(folder: str | Path) -> list[dict[str, Any]]:
-    """The rows of `folder`/certificates.jsonl, oldest first; [] when there are none."""
-    return read_jsonl(Path(folder) / CERTIFICATES_FILE)

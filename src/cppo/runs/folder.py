@@ -1,134 +1,244 @@
-"""The run folder: choosing it, refusing another run's, and cutting it back to a state from which a run resumes
-exactly.
+"""`RunFolder`: what lies in the folder of a run, every name and every reader. Schemas: docs/runs.md.
+
+Nothing else spells these names. Reading needs neither torch nor a training library.
 """
 
 from __future__ import annotations
 
 import contextlib
-import platform
-import shutil
-from collections.abc import Iterator
-from importlib import metadata
+import json
+import os
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from cppo import files
-from cppo.config.load import Config
+from cppo.config import yaml_io
 from cppo.errors import UserError
-from cppo.runs.calibration import truncate_calibration
-from cppo.runs.checkpoints import Checkpoints
-from cppo.runs.records import METRICS_FILE, keep_problems, read_metrics, truncate_records
 
-CONFIG_FILE = "config.yaml"
+#: Bytes at the end of metrics.jsonl in which the newest step is looked for.
+TAIL = 65536
 
 
-def prepare_folder(config: Config, resume: Path | None) -> Path:
-    """Make the folder of a new run, or check the one to resume.
+class RunFolder:
+    """The folder of one run, whatever of it is there.
 
-    Raises
-    ------
-    UserError : the folder holds another run, or none although one is to be resumed.
+    path : the folder; it need not exist.
     """
-    if resume is not None:
-        if not (resume / CONFIG_FILE).exists():
-            raise UserError(f"--resume {resume}: there is no run ({resume / CONFIG_FILE} is missing).")
-        files.remove_temporaries(resume)
-        return resume
-    if config.output_dir is None:
-        with _as_sentence("the folder runs"):
-            folder = _numbered(Path("runs"), f"{config.name}-{config.rule.name}")
-    else:
-        folder = Path(config.output_dir)
-        if folder.exists() and not folder.is_dir():
-            raise UserError(f"output_dir={folder} is a file; choose an empty or new folder.")
-        if folder.exists() and any(folder.iterdir()):
-            what = "another run" if (folder / CONFIG_FILE).exists() else "other files"
-            how = f", or go on with it: cppo train --resume {folder}" if what == "another run" else ""
-            raise UserError(f"output_dir={folder} holds {what}; choose an empty or new folder{how}.")
-        with _as_sentence(f"output_dir={folder}"):
-            folder.mkdir(parents=True, exist_ok=True)
-    files.atomic_write_json(folder / "versions.json", versions())
-    files.atomic_write_text(folder / CONFIG_FILE, config.to_yaml())
-    return folder
 
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
 
-def drop_unused(folder: Path) -> None:
-    """Remove the folder of a run that failed before anything of worth was in it, so that the corrected command may have
-    its name.
-    """
-    made = {"versions.json", CONFIG_FILE, "checkpoints"}
-    if {entry.name for entry in folder.iterdir()} <= made and not Checkpoints(folder / "checkpoints").steps():
-        shutil.rmtree(folder, ignore_errors=True)
+    # -- names ---------------------------------------------------------------------------------------------------
 
+    @property
+    def config_file(self) -> Path:
+        return self.path / yaml_io.CONFIG_FILE
 
-@contextlib.contextmanager
-def _as_sentence(what: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{what} cannot be made: {error.strerror} ({error.filename}). Set output_dir.") from error
+    @property
+    def versions_file(self) -> Path:
+        return self.path / "versions.json"
 
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / "metrics.jsonl"
 
-def _numbered(parent: Path, name: str) -> Path:
-    """The first of name-001, name-002 ... that is free, made at once so that two runs cannot share it."""
-    number = 1
-    while True:
-        folder = parent / f"{name}-{number:03d}"
+    @property
+    def positions_file(self) -> Path:
+        return self.path / "positions.jsonl"
+
+    @property
+    def certificates_file(self) -> Path:
+        return self.path / "certificates.jsonl"
+
+    @property
+    def problems_file(self) -> Path:
+        return self.path / "problems.jsonl"
+
+    @property
+    def calibration_file(self) -> Path:
+        return self.path / "calibration.json"
+
+    @property
+    def summary_file(self) -> Path:
+        return self.path / "summary.md"
+
+    @property
+    def samples_folder(self) -> Path:
+        return self.path / "samples"
+
+    @property
+    def plots(self) -> Path:
+        return self.path / "plots"
+
+    @property
+    def best(self) -> Path:
+        return self.path / "best"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def warmup(self) -> Path:
+        return self.path / "warmup"
+
+    @property
+    def warmup_model(self) -> Path:
+        """The policy after the warm-up; there once that is done."""
+        return self.warmup / "model"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    def samples_file(self, step: int) -> Path:
+        """Sampled responses of a step: samples/step-000010.jsonl."""
+        return self.samples_folder / f"step-{step:06d}.jsonl"
+
+    def calibration_data(self, step: int) -> Path:
+        """Tokens that a calibration has seen: calibration/step-000001.safetensors."""
+        return self.path / "calibration" / f"step-{step:06d}.safetensors"
+
+    # -- what there is -------------------------------------------------------------------------------------------
+
+    @property
+    def exists(self) -> bool:
+        """Whether a run lies here."""
+        return self.config_file.is_file()
+
+    def finished(self, steps: int) -> bool:
+        """Whether the policy of the last of `steps` has been evaluated: then every figure of the run is there."""
+        return self.newest_step("evaluation") == steps
+
+    def newest_step(self, kind: str = "train") -> int | None:
+        """The last step that metrics.jsonl has a row of this kind for; None: none. Reads the end of the file only."""
         try:
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError:
-            number += 1
+            with open(self.metrics_file, "rb") as stream:
+                stream.seek(max(0, stream.seek(0, os.SEEK_END) - TAIL))
+                lines = stream.read().split(b"\n")
+        except OSError:
+            return None
+        for line in reversed(lines):
+            with contextlib.suppress(ValueError, TypeError, KeyError):  # the first and the last may be torn
+                row = json.loads(line)
+                if row["kind"] == kind:
+                    return int(row["step"])
+        return None
 
+    def policy(self) -> Path | None:
+        """The best policy, else the newest checkpoint, else None."""
+        found = sorted(self.best.glob("step-*")) or sorted(self.checkpoints.glob("step-*"))
+        return found[-1] if found else None
 
-def versions() -> dict[str, Any]:
-    """What the figures of a run depend on beside its configuration."""
-    found = {}
-    for package in (
-        "cppo",
-        "torch",
-        "trl",
-        "transformers",
-        "accelerate",
-        "datasets",
-        "peft",
-        "reasoning-gym",
-        "math-verify",
-    ):
+    def saved(self) -> list[Path]:
+        """Every policy that can be loaded: checkpoints, then the best."""
+        return [*sorted(self.checkpoints.glob("step-*")), *sorted(self.best.glob("step-*"))]
+
+    # -- readers -------------------------------------------------------------------------------------------------
+
+    def config(self) -> dict[str, Any]:
+        """config.yaml as plain types.
+
+        Raises
+        ------
+        UserError : it is missing, cannot be read, or holds no settings.
+        """
         try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return {"python": platform.python_version(), **found, "device": device, "threads": torch.get_num_threads()}
+            raw = yaml_io.read(self.config_file)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.config_file} cannot be read: {error}") from error
+        if not isinstance(raw, dict):
+            raise UserError(f"{self.config_file} holds no configuration of a run.")
+        return raw
 
+    def versions(self) -> dict[str, Any]:
+        """versions.json; {} where there is none that can be read."""
+        try:
+            found = json.loads(self.versions_file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
 
-def latest_state(folder: Path, checkpoints: Checkpoints, warmup: Checkpoints) -> list[dict[str, Any]]:
-    """Cut what grew (metrics, positions, samples, calibration) back to the newest whole checkpoint; returns the metrics
-    that stay.
+    def metrics(self, kind: str | None = None) -> list[dict[str, Any]]:
+        """The rows of metrics.jsonl (of one `kind`: "train", "warmup", "evaluation"), oldest first; [] without any."""
+        return [row for row in files.read_jsonl(self.metrics_file) if kind is None or row.get("kind") == kind]
 
-    Three stages: RL has a checkpoint at step s (rows up to s stay); the warm-up is done (its rows stay, and the
-    evaluation before RL); the warm-up has a checkpoint at update u (its rows up to u stay).
-    """
-    for unfinished in (checkpoints, warmup):
-        unfinished.clear_unfinished()
-    step = checkpoints.latest()
-    if step is None:
-        done = (folder / "warmup" / "model").exists()
-        last = warmup.latest() or 0
+    def positions(self) -> list[dict[str, Any]]:
+        """The rows of positions.jsonl, oldest first; [] without any."""
+        return files.read_jsonl(self.positions_file)
 
-        def stays(row: dict[str, Any]) -> bool:
-            if row["kind"] == "warmup":
-                return done or row["update"] <= last
-            return row["kind"] == "evaluation" and row["step"] == 0  # made after the warm-up, if there is one
+    def certificates(self) -> list[dict[str, Any]]:
+        """The rows of certificates.jsonl, oldest first; [] without any."""
+        return files.read_jsonl(self.certificates_file)
 
-        files.truncate_after(folder / METRICS_FILE, -1, keep=stays)
-    else:
-        files.truncate_after(folder / METRICS_FILE, step)
-    truncate_records(folder, step or 0)
-    truncate_calibration(folder, step or 0)
-    rows = read_metrics(folder)
-    keep_problems(folder, {row["step"] for row in rows if row["kind"] == "evaluation"})
-    return rows
+    def sample_files(self) -> list[Path]:
+        """The files of sampled responses, oldest first."""
+        return sorted(self.samples_folder.glob("step-*.jsonl"))
+
+    def samples(self, step: int | None = None) -> list[dict[str, Any]]:
+        """The sampled responses of `step`, or of the last step that has any; [] without any."""
+        for path in reversed(self.sample_files()):
+            if (step is None or path == self.samples_file(step)) and (rows := files.read_jsonl(path)):
+                return rows
+        return []
+
+    def problems(self) -> dict[int, dict[str, list[float]]]:
+        """step -> benchmark -> mean score of each held-out problem; {} for a run that has none.
+
+        Raises
+        ------
+        ValueError : a row before the last that is not JSON, or has another shape.
+        """
+        found = {}
+        for row in files.read_jsonl(self.problems_file):
+            try:
+                scores = {str(name): list(map(float, values)) for name, values in row["scores"].items()}
+                found[int(row["step"])] = scores
+            except (KeyError, TypeError, AttributeError) as error:
+                raise ValueError(
+                    f"{self.problems_file}: a row without step and scores by benchmark ({error!r}): {row}."
+                ) from error
+        return found
+
+    # -- writers -------------------------------------------------------------------------------------------------
+
+    def append_metrics(self, *rows: Mapping[str, Any]) -> None:
+        """Append rows to metrics.jsonl; NaN and infinity become null.
+
+        A row needs "step" (int >= 0), "update" (int) and "kind"; everything else is flat numbers, text or null.
+
+        Raises
+        ------
+        ValueError : one of these keys is missing. files.DiskFullError : no room.
+        """
+        for row in rows:
+            missing = [key for key in ("step", "update", "kind") if key not in row]
+            if missing:
+                raise ValueError(
+                    f"A row of metrics without {', '.join(map(repr, missing))} cannot be resumed or plotted; got the "
+                    f"keys {sorted(row)}. Give step, update and kind."
+                )
+        files.append_jsonl(self.metrics_file, *rows)
+
+    def append_problems(self, step: int, samples: int, scores: Mapping[str, Sequence[float]]) -> None:
+        """Append the evaluation of `step`; `scores`: benchmark -> mean over `samples` responses for each problem."""
+        row = {"step": step, "samples": samples, "scores": {name: list(values) for name, values in scores.items()}}
+        files.append_jsonl(self.problems_file, row)
+
+    # -- cutting back --------------------------------------------------------------------------------------------
+
+    def keep_problems(self, steps: Collection[int]) -> None:
+        """Drop the scores of all evaluations but these: those that metrics.jsonl has. A kill between the two files
+        leaves one that is made again.
+        """
+        files.truncate_after(self.problems_file, -1, keep=lambda row: row["step"] in steps)
+
+    def truncate_records(self, step: int) -> None:
+        """Cut positions, certificates and samples back to `step` (resume from the checkpoint of `step`)."""
+        for path in (self.positions_file, self.certificates_file):
+            files.truncate_after(path, step)
+        for path in self.sample_files():
+            number = path.stem.removeprefix("step-")
+            if number.isdigit() and int(number) > step:
+                path.unlink()

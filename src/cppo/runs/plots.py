@@ -15,9 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from cppo.files import read_jsonl
 from cppo.runs import charts
-from cppo.runs.certificates import read_certificates
+from cppo.runs.folder import RunFolder
 from cppo.runs.records import before_and_after, benchmarks, judged
 from cppo.show.charts import Chart
 from cppo.show.figures import BLUE, GREY, below, draw_on, frame, save_figure, say
@@ -27,20 +26,20 @@ Row = Mapping[str, Any]
 
 def write_plots(folder: str | Path) -> list[Path]:
     """Draw all plots of a run folder into `folder`/plots; returns their paths. Raises: files.DiskFullError."""
-    plots, found = Path(folder) / "plots", figures_of(folder)
+    plots, found = RunFolder(folder).plots, figures_of(folder)
     return [path for name, figure in found.items() for path in save_figure(figure, plots, name, kinds=["png"])]
 
 
 def figures_of(folder: str | Path) -> dict[str, Figure]:
     """All plots of a run folder, by the name of their file."""
-    root = Path(folder)
-    rows = read_jsonl(root / "metrics.jsonl")
+    run = RunFolder(folder)
+    rows = run.metrics()
     return {
         "reward": draw_reward(rows),
         "avg": draw_avg(rows),
         "masked": draw_masked(rows),
-        "divergence": draw_divergence(read_jsonl(root / "positions.jsonl")),
-        "certificate": draw_certificate(read_certificates(root)),
+        "divergence": draw_divergence(run.positions()),
+        "certificate": draw_certificate(run.certificates()),
     }
 
 

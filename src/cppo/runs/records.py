@@ -1,83 +1,13 @@
-"""The growing files of a run and their readers: metrics, positions, samples, scores of held-out problems.
-
-* metrics.jsonl: a row an update or evaluation. problems.jsonl: the score of each held-out problem at each evaluation;
-  means alone would do for a curve, but not to say how sure a comparison is.
-* Schemas: docs/runs.md.
-"""
+"""What the rows of a run say: updates in which a rule saw a token, accuracy before and after, the best evaluation."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cppo import files
 from cppo.rules import Reason
-from cppo.runs.certificates import CERTIFICATES_FILE
 
 Row = Mapping[str, Any]
-
-PROBLEMS_FILE = "problems.jsonl"
-
-
-def append_problems(folder: str | Path, step: int, samples: int, scores: Mapping[str, Sequence[float]]) -> None:
-    """Append the evaluation of `step`; `scores`: benchmark -> mean over `samples` responses, a number a problem."""
-    row = {"step": step, "samples": samples, "scores": {name: list(values) for name, values in scores.items()}}
-    files.append_jsonl(Path(folder) / PROBLEMS_FILE, row)
-
-
-def read_problems(folder: str | Path) -> dict[int, dict[str, list[float]]]:
-    """step -> benchmark -> mean score a problem; {} for a run that has none.
-
-    Raises
-    ------
-    ValueError : a row before the last that is not JSON, or has another shape.
-    """
-    path = Path(folder) / PROBLEMS_FILE
-    found = {}
-    for row in files.read_jsonl(path):
-        try:
-            found[int(row["step"])] = {str(name): list(map(float, values)) for name, values in row["scores"].items()}
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}: a row without step and scores by benchmark ({error!r}): {row}.") from error
-    return found
-
-
-def keep_problems(folder: str | Path, steps: Collection[int]) -> None:
-    """Drop the evaluations of all steps but these: those that metrics.jsonl has. A kill between the two files leaves
-    one that is made again.
-    """
-    files.truncate_after(Path(folder) / PROBLEMS_FILE, -1, keep=lambda row: row["step"] in steps)
-
-
-METRICS_FILE = "metrics.jsonl"
-
-
-POSITIONS_FILE = "positions.jsonl"
-
-
-SAMPLES_FOLDER = "samples"
-
-
-def append_metrics(folder: str | Path, *rows: Mapping[str, Any]) -> None:
-    """Append rows to `folder`/metrics.jsonl; NaN and infinity become null.
-
-    A row needs "step" (int >= 0), "update" (int) and "kind" ("train", "warmup", "evaluation"); everything else is flat
-    numbers, text or null.  Raises: ValueError (a key is missing), files.DiskFullError.
-    """
-    for row in rows:
-        missing = [key for key in ("step", "update", "kind") if key not in row]
-        if missing:
-            raise ValueError(
-                f"A row of metrics without {', '.join(map(repr, missing))} cannot be resumed or plotted; got the keys "
-                f"{sorted(row)}. Give step, update and kind."
-            )
-    files.append_jsonl(Path(folder) / METRICS_FILE, *rows)
-
-
-def read_metrics(folder: str | Path, kind: str | None = None) -> list[dict[str, Any]]:
-    """The rows of `folder`/metrics.jsonl (of one `kind`), oldest first; [] when there are none yet."""
-    return [row for row in files.read_jsonl(Path(folder) / METRICS_FILE) if kind is None or row.get("kind") == kind]
 
 
 def judged(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -95,21 +25,6 @@ def judged(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
         and row.get("trust/masked_fraction") is not None
         and any(row.get(name) for name in names)
     ]
-
-
-def samples_path(folder: str | Path, step: int) -> Path:
-    """Where the sampled responses of a step lie: samples/step-000010.jsonl."""
-    return Path(folder) / SAMPLES_FOLDER / f"step-{step:06d}.jsonl"
-
-
-def truncate_records(folder: str | Path, step: int) -> None:
-    """Cut positions.jsonl, certificates.jsonl and samples/ back to `step` (resume from the checkpoint of `step`)."""
-    for name in (POSITIONS_FILE, CERTIFICATES_FILE):
-        files.truncate_after(Path(folder) / name, step)
-    for path in (Path(folder) / SAMPLES_FOLDER).glob("step-*.jsonl"):
-        number = path.stem.removeprefix("step-")
-        if number.isdigit() and int(number) > step:
-            path.unlink()
 
 
 def before_and_after(rows: Sequence[Row]) -> tuple[Row | None, Row | None]:

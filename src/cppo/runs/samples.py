@@ -16,9 +16,9 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from cppo.files import read_jsonl
 from cppo.rules import Reason
 from cppo.rules.base import HELD
+from cppo.runs.folder import RunFolder
 
 Record = Mapping[str, Any]
 
@@ -37,17 +37,6 @@ REASONS: dict[str, tuple[str, str]] = {
     }.items()
 }
 HELD_BACK = frozenset(reason.key for reason in HELD)
-
-
-def read_samples(folder: str | Path, step: int | None = None) -> list[dict[str, Any]]:
-    """The sampled responses of `step`, or of the last step that has any; [] when there are none."""
-    paths = sorted((Path(folder) / "samples").glob("step-*.jsonl"), reverse=True)
-    for path in paths:
-        if step is None or path.stem == f"step-{step:06d}":
-            rows = read_jsonl(path)
-            if rows:
-                return rows
-    return []
 
 
 def held_back(record: Record) -> int:
@@ -124,7 +113,7 @@ def render_response(record: Record, limit: int | None = None, colour: bool = Tru
 
 def render_sample(folder: str | Path, console: Console, step: int | None = None) -> bool:
     """Print the most telling response of `step` (default: of the last step that has any); False if there is none."""
-    record = pick_response(read_samples(folder, step))
+    record = pick_response(RunFolder(folder).samples(step))
     if record is not None:
         print_response(record, console)
     return record is not None

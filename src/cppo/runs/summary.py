@@ -14,14 +14,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from cppo.files import atomic_write_text, read_jsonl
+from cppo.errors import UserError
+from cppo.files import atomic_write_text
 from cppo.rules import Reason
 from cppo.rules.base import HELD
-from cppo.runs.calibration import CALIBRATION_FILE, show
+from cppo.runs.calibration import read_calibration, show
+from cppo.runs.folder import RunFolder
 from cppo.runs.records import before_and_after, benchmarks, best_evaluation, judged
-from cppo.runs.samples import legend, mark_response, pick_response, printable, read_samples
+from cppo.runs.samples import legend, mark_response, pick_response, printable
 from cppo.show.progress import duration
 from cppo.show.tables import Cells
 
@@ -43,32 +43,31 @@ ZERO_SPREAD = ("zero_spread_fraction", "trust/zero_spread_fraction", "frac_rewar
 
 def write_summary(folder: str | Path) -> str:
     """Write `folder`/summary.md and return its text; missing data is said. Raises: files.DiskFullError."""
-    root = Path(folder)
-    rows = read_jsonl(root / "metrics.jsonl")
+    run = RunFolder(folder)
+    rows = run.metrics()
     parts = [
-        f"# {_heading(root)}",
-        _what(root, rows),
+        f"# {_heading(run)}",
+        _what(run, rows),
         "## Accuracy on held-out problems",
-        _accuracy(root, rows),
+        _accuracy(run, rows),
         "## What the trust region did",
         _trust(rows),
-        _excerpt(root),
+        _excerpt(run),
         "## Time",
         _time(rows),
         "## Where things are, and what to type next",
-        _where(root, rows),
+        _where(run, rows),
     ]
     text = "\n\n".join(part for part in parts if part) + "\n"
-    atomic_write_text(root / "summary.md", text)
+    atomic_write_text(run.summary_file, text)
     return text
 
 
-def _load(path: Path) -> dict[str, Any]:
+def _config(run: RunFolder) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text()) if path.suffix == ".json" else yaml.safe_load(path.read_text())
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}
-    return value if isinstance(value, dict) else {}
+        return run.config()
+    except UserError:
+        return {}  # what is missing is left out
 
 
 def _described(value: Any, name_keys: Sequence[str] = ("name", "path", "spec")) -> str:
@@ -94,20 +93,20 @@ def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return Cells("", head, rows, text=1 if len(head) > 2 else 2).markdown()
 
 
-def _heading(root: Path) -> str:
-    config = _load(root / "config.yaml")
+def _heading(run: RunFolder) -> str:
+    config = _config(run)
     rule, task = (_described(config.get(key)).split(" (")[0] for key in ("rule", "task"))
-    return f"{rule} on {task}" if "-" not in (rule, task) else f"Run {root.name}"
+    return f"{rule} on {task}" if "-" not in (rule, task) else f"Run {run.path.name}"
 
 
-def _what(root: Path, rows: Sequence[Row]) -> str:
-    config, versions = _load(root / "config.yaml"), _load(root / "versions.json")
+def _what(run: RunFolder, rows: Sequence[Row]) -> str:
+    config, versions = _config(run), run.versions()
     train = [row for row in rows if row.get("kind") == "train"]
     steps = len({row["step"] for row in train})
     lines: list[tuple[str, str]] = [
         (name, _described(config.get(name))) for name in ("model", "task", "rule", "seed") if name in config
     ]
-    if calibrated := _calibrated(root):
+    if calibrated := _calibrated(run):
         lines.append(("thresholds that set themselves", calibrated))
     made = f"{steps} (rollout batches), {len(train)} updates" if train else "none yet"
     lines.append(("steps done", made))
@@ -116,10 +115,10 @@ def _what(root: Path, rows: Sequence[Row]) -> str:
     return _table(("", ""), lines)
 
 
-def _calibrated(root: Path) -> str:
+def _calibrated(run: RunFolder) -> str:
     """What `auto` was, from calibration.json; "" in a run without it."""
-    record = _load(root / CALIBRATION_FILE)
-    if not record.get("history"):
+    record = read_calibration(run.path)
+    if record is None or not record["history"]:
         return ""
     last = record["history"][-1]
     if record["thresholds"] is None:
@@ -134,7 +133,7 @@ def _three(value: Any) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def _accuracy(root: Path, rows: Sequence[Row]) -> str:
+def _accuracy(run: RunFolder, rows: Sequence[Row]) -> str:
     before, after = before_and_after(rows)
     if before is None:
         return "No evaluation in this run."
@@ -157,8 +156,8 @@ def _accuracy(root: Path, rows: Sequence[Row]) -> str:
     best = best_evaluation(rows)
     if best is not None:
         name = f"step-{int(best['step']):06d}"
-        saved = [path for path in (root / "best" / name, root / "checkpoints" / name) if path.exists()]
-        lies = f", saved in `{saved[0].relative_to(root)}`" if saved else ""
+        saved = [path for path in (run.best / name, run.checkpoints / name) if path.exists()]
+        lies = f", saved in `{saved[0].relative_to(run.path)}`" if saved else ""
         samples = f" (Avg@{best['samples']})" if best.get("samples") else ""
         text += (
             f"\nBest validation score within the budget: {best['avg/mean']:.3f}{samples} at step {best['step']}{lies}."
@@ -225,8 +224,8 @@ def _trust(rows: Sequence[Row]) -> str:
     return means + "\n\n" + _table(("", ""), lines)
 
 
-def _excerpt(root: Path) -> str:
-    record = pick_response(read_samples(root))
+def _excerpt(run: RunFolder) -> str:
+    record = pick_response(run.samples())
     if record is None:
         return "No response was sampled into samples/."
     prompt, text = printable(str(record["prompt"])), mark_response(record, EXCERPT_TOKENS)
@@ -270,20 +269,20 @@ def _time(rows: Sequence[Row]) -> str:
     return _table(("part", "time", "share"), [*lines, ("all of these", duration(total), "100%")])
 
 
-def _where(root: Path, rows: Sequence[Row]) -> str:
+def _where(run: RunFolder, rows: Sequence[Row]) -> str:
     known = (
         ("best/", "the model with the best validation score"),
         ("checkpoints/", "models to load and to resume from"),
         ("samples/", "sampled responses with the reason of each token"),
-        ("metrics.jsonl", "every update and evaluation, one JSON object a line"),
-        ("positions.jsonl", "divergence by position in the response"),
-        (CALIBRATION_FILE, "thresholds that set themselves, and on what they were found"),
-        ("certificates.jsonl", "how large the surrogate's error can be: `cppo bound --run` shows it"),
+        (run.metrics_file.name, "every update and evaluation, one JSON object a line"),
+        (run.positions_file.name, "divergence by position in the response"),
+        (run.calibration_file.name, "thresholds that set themselves, and on what they were found"),
+        (run.certificates_file.name, "how large the surrogate's error can be: `cppo bound --run` shows it"),
         ("plots/", "reward, Avg@k, held-back tokens, divergence by position, certificates"),
-        ("config.yaml", "the resolved configuration: `cppo train config.yaml` repeats the run"),
+        (run.config_file.name, "the resolved configuration: `cppo train config.yaml` repeats the run"),
     )
-    lines = [f"- `{name}`: {text}" for name, text in known if (root / name).exists() or name == "plots/"]
-    saved = [*sorted((root / "checkpoints").glob("step-*")), *sorted((root / "best").glob("step-*"))]
+    lines = [f"- `{name}`: {text}" for name, text in known if (run.path / name).exists() or name == "plots/"]
+    saved = run.saved()
     model = saved[-1] if saved else None
     text = "\n".join(lines)
     if model is not None:
@@ -294,4 +293,4 @@ def _where(root: Path, rows: Sequence[Row]) -> str:
         )
     else:
         text += "\n\nNo checkpoint was saved."
-    return text + f"\n\nResume after an interruption or a kill:\n\n```sh\ncppo train --resume {root}\n```"
+    return text + f"\n\nResume after an interruption or a kill:\n\n```sh\ncppo train --resume {run.path}\n```"

@@ -18,6 +18,7 @@ from typing import Any
 
 from cppo.config.load import Config, load_config
 from cppo.errors import UserError
+from cppo.runs.folder import RunFolder
 
 #: Settings that the study gives each run itself, and what to say instead.
 OWN = {
@@ -132,7 +133,7 @@ def make_plan(
             after = None
             if config.model == "tiny":
                 after = _warmup(config, root, warmups)
-                config = _started_from(config, root / place_of(after, None) / "warmup" / "model")
+                config = _started_from(config, RunFolder(root / place_of(after, None)).warmup_model)
             runs.append(PlannedRun(name, variant.name, seed, config, after))
     if baseline is not None and baseline not in [variant.name for variant in variants]:
         raise UserError(f"--baseline is {baseline!r}, expected one of {', '.join(v.name for v in variants)}.")

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from cppo.runs.calibration import rule_as_run
-from cppo.runs.records import best_evaluation, judged, read_metrics, read_problems
+from cppo.runs.folder import RunFolder
+from cppo.runs.records import best_evaluation, judged
 from cppo.runs.summary import STEP_TIME
 from cppo.study.plan import Plan, PlannedRun
 from cppo.study.statistics import Estimate, Figure, mean_interval, paired_difference, probability_of_improvement
@@ -90,9 +91,9 @@ def read_run(plan: Plan, run: PlannedRun, error: str | None = None) -> RunRecord
     """The record of a run. Never raises for what lies in the folder: a file that cannot be read is a failed run."""
     steps = run.config.steps
     record = RunRecord(run.name, str(run.variant), run.seed, "not started", steps=steps, error=error)
-    folder = plan.folder_of(run)
+    folder = RunFolder(plan.folder_of(run))
     try:
-        rows, problems = read_metrics(folder), read_problems(folder)
+        rows, problems = folder.metrics(), folder.problems()
     except (OSError, ValueError) as problem:
         record.state, record.error = "failed", str(problem)
         return record
@@ -119,7 +120,7 @@ def read_run(plan: Plan, run: PlannedRun, error: str | None = None) -> RunRecord
         record.state = "finished"
     elif error is not None:
         record.state = "failed"
-    elif rows or (folder / "config.yaml").exists():
+    elif rows or folder.exists:
         record.state = "in progress"
     return record
 

@@ -25,9 +25,10 @@ from typing import Any
 
 from cppo import files
 from cppo.errors import UserError
+from cppo.runs.folder import RunFolder
 from cppo.show.progress import RunProgress
 from cppo.study.plan import Plan, PlannedRun
-from cppo.study.status import STATUS_FILE, devices, finished, last_error, newest_step, read_errors
+from cppo.study.status import STATUS_FILE, devices, finished, last_error, read_errors
 from cppo.study.store import CONFIGS
 
 LOCK_FILE = ".lock"
@@ -111,7 +112,7 @@ class Runner:
     def _done(self, run: PlannedRun) -> int:
         if finished(self.plan, run):
             return run.config.steps
-        return min(newest_step(self.plan.folder_of(run)), run.config.steps)
+        return min(RunFolder(self.plan.folder_of(run)).newest_step() or 0, run.config.steps)
 
     # -- processes ---------------------------------------------------------------------------------------------------
 
@@ -136,7 +137,7 @@ class Runner:
             total = sum(run.config.steps for run in self.plan.trained)
             self.progress.start_phase(self.plan.kind, total, done=sum(map(self._done, self.plan.trained)))
         folder, log = self.plan.folder_of(run), self.plan.log_of(run)
-        if run.variant is not None and not (folder / "config.yaml").exists():
+        if run.variant is not None and not RunFolder(folder).exists:
             shutil.rmtree(folder, ignore_errors=True)  # killed before it had written its configuration: nothing is lost
         command = self.command(run)
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -161,7 +162,7 @@ class Runner:
         config = str(self.plan.folder / CONFIGS / f"{run.name}.yaml")
         if run.variant is None:
             return ["-m", "cppo.study.warmup", config]
-        begun = (folder / "config.yaml").exists()
+        begun = RunFolder(folder).exists
         return ["-m", "cppo.cli", "train", *(["--resume", str(folder)] if begun else [config])]
 
     def _environment(self, slot: int) -> dict[str, str]:
@@ -191,7 +192,7 @@ class Runner:
     def _advance(self, process: _Process) -> None:
         if process.run.variant is None:
             return  # counted when it is done
-        step = newest_step(self.plan.folder_of(process.run))
+        step = RunFolder(self.plan.folder_of(process.run)).newest_step() or 0
         if step > process.step:
             failed = {"failed": len(self.errors)} if self.errors else {}
             self.progress.advance(step - process.step, running=len(self._running), **failed)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
 from pathlib import Path
 
+from cppo.runs.folder import RunFolder
 from cppo.study.plan import Plan, PlannedRun
 
 STATUS_FILE = "status.json"
-TAIL = 65536  # bytes at the end of metrics.jsonl in which the newest step is looked for
 
 
 def cores() -> int:
@@ -36,31 +35,11 @@ def devices() -> list[str]:
 
 def finished(plan: Plan, run: PlannedRun) -> bool:
     """Whether nothing of a run is left to do."""
-    folder = plan.folder_of(run)
+    folder = RunFolder(plan.folder_of(run))
     if run.variant is None:
-        return (folder / "warmup" / "model").exists()
-    # the summary alone says little: it can be written at any time (docs/runs.md)
-    return (folder / "summary.md").exists() and _newest_step(folder, "evaluation") == run.config.steps
-
-
-def newest_step(folder: Path) -> int:
-    """The last step of which metrics.jsonl has a training row; 0 if there is none. Reads the end of the file only."""
-    return _newest_step(folder, "train") or 0
-
-
-def _newest_step(folder: Path, kind: str) -> int | None:
-    try:
-        with open(folder / "metrics.jsonl", "rb") as stream:
-            stream.seek(max(0, stream.seek(0, os.SEEK_END) - TAIL))
-            lines = stream.read().split(b"\n")
-    except OSError:
-        return None
-    for line in reversed(lines):
-        with contextlib.suppress(ValueError, TypeError, KeyError):  # the first and the last may be torn
-            row = json.loads(line)
-            if row["kind"] == kind:
-                return int(row["step"])
-    return None
+        return folder.warmup_model.exists()
+    # the summary comes last; alone it says little, for it can be written at any time (docs/runs.md)
+    return folder.summary_file.exists() and folder.finished(run.config.steps)
 
 
 def read_errors(folder: Path) -> dict[str, str]:

@@ -13,7 +13,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from cppo import files
 from cppo.config.load import load_config
-from cppo.runs.folder import CONFIG_FILE, latest_state, versions
+from cppo.runs.folder import RunFolder
+from cppo.runs.prepare import latest_state, versions
 from cppo.show.progress import RunProgress
 from cppo.tasks import make_task
 from cppo.training.callbacks import StopRequest
@@ -29,9 +30,9 @@ def main(path: Path) -> int:
     start_processes()
     task = make_task(config.task.name, **config.task.options)
     files.remove_temporaries(folder)
-    if not (folder / CONFIG_FILE).exists():
-        files.atomic_write_json(folder / "versions.json", versions())
-        files.atomic_write_text(folder / CONFIG_FILE, config.to_yaml())
+    if not RunFolder(folder).exists:
+        files.atomic_write_json(RunFolder(folder).versions_file, versions())
+        files.atomic_write_text(RunFolder(folder).config_file, config.to_yaml())
     progress = RunProgress(Console(), plain=True)
     stop = StopRequest(lambda: progress.note("Stopping, with a checkpoint."))
     try:

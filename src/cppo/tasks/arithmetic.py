@@ -21,7 +21,7 @@ class Arithmetic(Scratchpad):
         validation_count: validation problems a family unless `validation` is told otherwise.
 
     Raises:
-        ValueError: unknown, repeated or no family; `ignorance` or `validation_count` out of range.
+        UserError: unknown, repeated or no family; `ignorance` or `validation_count` out of range.
     """
 
     def __init__(

@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from cppo.errors import UserError
 from cppo.tasks.scratchpad import Family, Recall
 from cppo.words import nearest
 
@@ -31,9 +32,7 @@ class Chain:
 
     def __post_init__(self) -> None:
         if self.length < 3:
-            raise ValueError(
-                f"family 'chain-{self.length}' is too short: its answer is three running values, so n >= 3"
-            )
+            raise UserError(f"family 'chain-{self.length}' is too short: its answer is three running values, so n >= 3")
 
     @property
     def name(self) -> str:
@@ -69,7 +68,7 @@ class Addition:
 
     def __post_init__(self) -> None:
         if self.digits < 3:
-            raise ValueError(
+            raise UserError(
                 f"family 'add-{self.digits}' is too short: one guess is right in over 1% of its problems; set n >= 3"
             )
 
@@ -108,10 +107,10 @@ def make_family(name: str) -> Family:
     """The family called "chain-<n>" or "add-<n>".
 
     Raises:
-        ValueError: another name (the nearest right ones are named), or an n that is too small.
+        UserError: another name (the nearest right ones are named), or an n that is too small.
     """
     match = re.fullmatch(r"(chain|add)-([1-9][0-9]{0,3})", name)
     if match is None:
         near = nearest(name, COMMON)
-        raise ValueError(f"unknown arithmetic family {name!r}.{near} A family is chain-<n> or add-<n>, n below 10,000")
+        raise UserError(f"unknown arithmetic family {name!r}.{near} A family is chain-<n> or add-<n>, n below 10,000")
     return _KINDS[match[1]](int(match[2]))

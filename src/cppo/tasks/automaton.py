@@ -22,6 +22,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from cppo.errors import UserError
 from cppo.tasks.scratchpad import Family, Recall, Scratchpad
 from cppo.words import nearest
 
@@ -78,14 +79,14 @@ def make_family(name: str) -> Family:
     """The family called "<width>x<steps>".
 
     Raises:
-        ValueError: another name, fewer than 4 cells (too few rows to set some aside) or than 2 steps.
+        UserError: another name, fewer than 4 cells (too few rows to set some aside) or than 2 steps.
     """
     match = re.fullmatch(r"([1-9][0-9]{0,2})x([1-9][0-9]{0,2})", name)
     if match is None:
-        raise ValueError(f"unknown automaton family {name!r}.{nearest(name, COMMON)} A family is <width>x<steps>")
+        raise UserError(f"unknown automaton family {name!r}.{nearest(name, COMMON)} A family is <width>x<steps>")
     width, steps = int(match[1]), int(match[2])
     if width < 4 or steps < 2:
-        raise ValueError(f"family {name!r} is too small: at least 4 cells and 2 steps, such as 4x2")
+        raise UserError(f"family {name!r} is too small: at least 4 cells and 2 steps, such as 4x2")
     return Automaton(width, steps)
 
 
@@ -98,7 +99,7 @@ class CellularAutomaton(Scratchpad):
         validation_count: validation problems a family unless `validation` is told otherwise.
 
     Raises:
-        ValueError: unknown, repeated or no family; `ignorance` or `validation_count` out of range.
+        UserError: unknown, repeated or no family; `ignorance` or `validation_count` out of range.
     """
 
     def __init__(

@@ -19,12 +19,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, overload, runtime_checkable
 
+from cppo.errors import UserError
 from cppo.words import nearest
 
 Prompt = str | list[dict[str, str]]  # plain text, or chat messages with "role" and "content"
 
 
-class MissingDependency(ImportError):
+class MissingDependency(UserError, ImportError):
     """An optional package is needed; the message says which pip extra brings it."""
 
 
@@ -44,7 +45,7 @@ class LazyExamples(Sequence[Example]):
 
     def __init__(self, count: int, make: Callable[[int], Example]) -> None:
         if count < 0:
-            raise ValueError(f"count={count}: a number of problems cannot be negative")
+            raise UserError(f"count={count}: a number of problems cannot be negative")
         self._count, self._make = count, make
 
     def __len__(self) -> int:
@@ -98,30 +99,30 @@ def make_task(spec: str, /, **options: Any) -> Task:
         options: passed on; see `docs/tasks.md` for what each task takes.
 
     Raises:
-        ValueError: unknown task, generator or option (the nearest right one is named), or a factory whose result is
+        UserError: unknown task, generator or option (the nearest right one is named), or a factory whose result is
             not a task (what is missing is named).
         MissingDependency: the task needs a package that is not installed.
     """
     name, _, rest = spec.partition(":")
     if name == "reasoning_gym":
         if not rest:
-            raise ValueError(
+            raise UserError(
                 "task 'reasoning_gym' needs a generator: write 'reasoning_gym:<name>', e.g. 'reasoning_gym:chain_sum'"
             )
         if "generator" in options:
-            raise ValueError(f"task {spec!r} names its generator already: remove the option 'generator'")
+            raise UserError(f"task {spec!r} names its generator already: remove the option 'generator'")
         options = {"generator": rest, **options}
     elif name in _BUILT_IN and rest:
-        raise ValueError(f"task {spec!r}: {name!r} takes nothing after a colon; write {name!r} and set its options")
+        raise UserError(f"task {spec!r}: {name!r} takes nothing after a colon; write {name!r} and set its options")
     elif name not in _BUILT_IN and not rest:
-        raise ValueError(f"unknown task {spec!r}.{nearest(spec, _BUILT_IN)} A task is {_FORMS}")
+        raise UserError(f"unknown task {spec!r}.{nearest(spec, _BUILT_IN)} A task is {_FORMS}")
     factory = _import_factory(_BUILT_IN.get(name, spec), spec)
     _check_options(factory, spec, options)
     task = factory(**options)
     missing = [member for member in _REQUIRED if not hasattr(task, member)]
     missing += [f"{member} (must be a method)" for member in _REQUIRED[1:] if not callable(getattr(task, member, len))]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"task {spec!r} gave a {type(task).__name__} that is not a task: it lacks {', '.join(missing)}; "
             f"a task has {', '.join(_REQUIRED)} (see cppo.tasks.Task)"
         )
@@ -139,7 +140,7 @@ def require(package: str, purpose: str) -> None:
 def _import_factory(path: str, spec: str) -> Callable[..., Any]:
     module_name, _, attribute = path.partition(":")
     if not module_name or not attribute:
-        raise ValueError(f"unknown task {spec!r}. A task is {_FORMS}")
+        raise UserError(f"unknown task {spec!r}. A task is {_FORMS}")
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
@@ -147,18 +148,18 @@ def _import_factory(path: str, spec: str) -> Callable[..., Any]:
         if error.name is None or not (module_name == error.name or module_name.startswith(error.name + ".")):
             raise
         hint = nearest(module_name, _BUILT_IN, cutoff=0.6)
-        raise ValueError(
+        raise UserError(
             f"task {spec!r}: there is no Python module {error.name!r}.{hint} For a task of your own, "
             "install its package or put its folder on PYTHONPATH"
         ) from error
     factory = getattr(module, attribute, None)
     if factory is None:
         public = [name for name in vars(module) if not name.startswith("_")]
-        raise ValueError(
+        raise UserError(
             f"task {spec!r}: module {module_name!r} has no {attribute!r}.{nearest(attribute, public, listed=True)}"
         )
     if not callable(factory):
-        raise ValueError(f"task {spec!r}: {attribute!r} is a {type(factory).__name__}; name a class or a function")
+        raise UserError(f"task {spec!r}: {attribute!r} is a {type(factory).__name__}; name a class or a function")
     return factory
 
 
@@ -172,7 +173,7 @@ def _check_options(factory: Callable[..., Any], spec: str, options: Mapping[str,
         for option in options:
             if option not in named:
                 known = [name for name in named if spec.partition(":")[0] not in _BUILT_IN or name != "generator"]
-                raise ValueError(f"task {spec!r} has no option {option!r}.{nearest(option, known, listed=True)}")
+                raise UserError(f"task {spec!r} has no option {option!r}.{nearest(option, known, listed=True)}")
     for name, parameter in named.items():
         if parameter.default is parameter.empty and name not in options:
-            raise ValueError(f"task {spec!r} needs the option {name!r}: set it")
+            raise UserError(f"task {spec!r} needs the option {name!r}: set it")

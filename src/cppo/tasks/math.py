@@ -7,6 +7,7 @@ import random
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
+from cppo.errors import UserError
 from cppo.tasks.base import Example, LazyExamples, Prompt
 from cppo.tasks.math_data import Problem, load_problems
 from cppo.tasks.math_verifier import MathVerifier
@@ -32,7 +33,7 @@ class Math:
         notes: what was dropped: repeated rows, and training problems that are validation problems.
 
     Raises:
-        ValueError, FileNotFoundError: as `math_data.load_problems`; or neither train nor validation is given.
+        UserError: as `math_data.load_problems`; or neither train nor validation is given.
         MissingDependency: math-verify (or pyarrow, datasets) is not installed.
     """
 
@@ -47,7 +48,7 @@ class Math:
         workers: int = 2,
     ) -> None:
         if train is None and not validation:
-            raise ValueError("task 'math' needs data: set train=<file or hub id>, validation=<file or hub id>, or both")
+            raise UserError("task 'math' needs data: set train=<file or hub id>, validation=<file or hub id>, or both")
         self.name = "math"
         self.instruction = instruction
         self._notes: list[str] = []
@@ -76,7 +77,7 @@ class Math:
     def train(self, count: int, seed: int) -> Sequence[Example]:
         """`count` problems in shuffled order; once all are used they come again in another order."""
         if self._train is None:
-            raise ValueError("task 'math' was made without training problems: set train=<file or hub id>")
+            raise UserError("task 'math' was made without training problems: set train=<file or hub id>")
         return LazyExamples(count, _Shuffle(self._train, seed))
 
     def validation(self, count: int | None = None) -> dict[str, Sequence[Example]]:
@@ -107,7 +108,7 @@ class Math:
         if len(kept) < len(problems):
             self._note(f"{source}: {len(problems) - len(kept):,} problems are validation problems and were removed")
         if not kept:
-            raise ValueError(f"{source}: every training problem is a validation problem; give other validation data")
+            raise UserError(f"{source}: every training problem is a validation problem; give other validation data")
         return kept
 
     def _note(self, text: str) -> None:

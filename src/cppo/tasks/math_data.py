@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cppo.errors import UserError
 from cppo.tasks.base import Prompt, require
 from cppo.tasks.extract import last_boxed
 
@@ -59,8 +60,8 @@ def load_problems(source: str, split: str = "train") -> Source:
         split: for a data set on the hub.
 
     Raises:
-        ValueError: an empty or malformed file (with its line or row), or one without prompts or answers.
-        FileNotFoundError: no such file, and no such data set on the hub (or no network).
+        UserError: an empty or malformed file (with its line or row), or one without prompts or answers.
+        UserError: no such file, and no such data set on the hub (or no network).
         MissingDependency: Parquet and hub data sets need pyarrow and datasets.
     """
     problems: dict[str, Problem] = {}
@@ -70,7 +71,7 @@ def load_problems(source: str, split: str = "train") -> Source:
         problem = _problem(row, place)
         problems.setdefault(problem.key, problem)
     if not problems:
-        raise ValueError(f"{source} holds no problem: give a file with at least one row")
+        raise UserError(f"{source} holds no problem: give a file with at least one row")
     return Source(list(problems.values()), count)
 
 
@@ -83,9 +84,9 @@ def _rows(source: str, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
         return _parquet_rows(path)
     if path.exists():
         what = "a folder" if path.is_dir() else f"a {path.suffix or 'file without extension'}"
-        raise ValueError(f"{source} is {what}: give a {' or '.join(_FILES)} file")
+        raise UserError(f"{source} is {what}: give a {' or '.join(_FILES)} file")
     if path.suffix in _FILES or path.is_absolute() or source.startswith((".", "~")) or source.count("/") != 1:
-        raise FileNotFoundError(f"there is no file {source} (looked at {path.absolute()}): correct the path")
+        raise UserError(f"there is no file {source} (looked at {path.absolute()}): correct the path")
     return _hub_rows(source, split)
 
 
@@ -98,9 +99,9 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             try:
                 row = json.loads(line)
             except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise ValueError(f"{place} is not JSON: {error}") from error
+                raise UserError(f"{place} is not JSON: {error}") from error
             if not isinstance(row, dict):
-                raise ValueError(f"{place} holds a {type(row).__name__}: each line must be one JSON object")
+                raise UserError(f"{place} holds a {type(row).__name__}: each line must be one JSON object")
             yield place, row
 
 
@@ -120,7 +121,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                     number += 1
                     yield f"{path}, row {number}", row
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is not a readable Parquet file: {error}") from error
+        raise UserError(f"{path} is not a readable Parquet file: {error}") from error
 
 
 def _hub_rows(name: str, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -130,7 +131,7 @@ def _hub_rows(name: str, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         rows = datasets.load_dataset(name, split=split)
     except Exception as error:  # the library raises a dozen kinds, for a missing network alone four
-        raise FileNotFoundError(
+        raise UserError(
             f"{name} is no local file, and could not be loaded from the hub (split {split!r}): {error}. "
             "Without a network, download its Parquet file elsewhere and give the path"
         ) from error
@@ -142,10 +143,10 @@ def _problem(row: Mapping[str, Any], place: str) -> Problem:
     columns = {name.lower(): value for name, value in row.items()}
     prompt = next((columns[name] for name in PROMPT_COLUMNS if columns.get(name)), None)
     if prompt is None:
-        raise ValueError(_lacks("prompt", row, place, PROMPT_COLUMNS))
+        raise UserError(_lacks("prompt", row, place, PROMPT_COLUMNS))
     answer = _answer(columns)
     if not answer:
-        raise ValueError(_lacks("answer", row, place, ("reward_model.ground_truth", *ANSWER_COLUMNS[1:])))
+        raise UserError(_lacks("answer", row, place, ("reward_model.ground_truth", *ANSWER_COLUMNS[1:])))
     if isinstance(prompt, str):
         return Problem(prompt, answer, problem_key(prompt))
     messages = _messages(prompt, place)
@@ -158,9 +159,9 @@ def _messages(prompt: Any, place: str) -> list[dict[str, str]]:
         isinstance(message, Mapping) and all(isinstance(message.get(name), str) for name in fields)
         for message in prompt
     ):
-        raise ValueError(f"{place}: the prompt must be text, or a list of messages with the texts 'role' and 'content'")
+        raise UserError(f"{place}: the prompt must be text, or a list of messages with the texts 'role' and 'content'")
     if prompt[-1]["role"] != "user":
-        raise ValueError(f"{place}: the last message of the prompt is by {prompt[-1]['role']!r}; it must be by 'user'")
+        raise UserError(f"{place}: the last message of the prompt is by {prompt[-1]['role']!r}; it must be by 'user'")
     return [{name: message[name] for name in fields} for message in prompt]
 
 

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from cppo.errors import UserError
 from cppo.tasks.base import Example, LazyExamples, require
 from cppo.tasks.extract import final_answer
 from cppo.tasks.worker import WorkerPool
@@ -38,7 +39,7 @@ class ReasoningGym:
 
     Raises:
         MissingDependency: reasoning_gym is not installed.
-        ValueError: unknown generator or option, or a configuration that the generator refuses.
+        UserError: unknown generator or option, or a configuration that the generator refuses.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class ReasoningGym:
     ) -> None:
         require("reasoning_gym", f"task 'reasoning_gym:{generator}'")
         if validation_count < 1:
-            raise ValueError(f"validation_count={validation_count}: set it to at least 1")
+            raise UserError(f"validation_count={validation_count}: set it to at least 1")
         self.name = f"reasoning_gym:{generator}"
         self.alphabet = "\n" + string.ascii_letters + string.digits + string.punctuation + " "
         self.generator = generator
@@ -78,13 +79,13 @@ class ReasoningGym:
             ValueError: more than half of the generator's problems are validation problems: it is too small.
         """
         if seed < 0:
-            raise ValueError(f"seed={seed}: a seed cannot be negative")
+            raise UserError(f"seed={seed}: a seed cannot be negative")
         held_out = frozenset(str(example.prompt) for example in self._validation_problems())
         # A generator with fewer questions than twice the validation problems has repeated some while those were made.
         draws = range(_TRIES if count and self._questions_repeat else 0)
         probes = [self._example(seed, _STRIDE * _TRIES + i).prompt in held_out for i in draws]
         if sum(probes) > len(probes) / 2:
-            raise ValueError(self._too_small(f"{sum(probes)} of {len(probes)} training draws were validation problems"))
+            raise UserError(self._too_small(f"{sum(probes)} of {len(probes)} training draws were validation problems"))
         return LazyExamples(count, partial(self._training_example, seed, held_out))
 
     def validation(self, count: int | None = None) -> dict[str, Sequence[Example]]:
@@ -92,9 +93,7 @@ class ReasoningGym:
         problems = self._validation_problems()
         count = self.validation_count if count is None else count
         if not 0 <= count <= len(problems):
-            raise ValueError(
-                f"count={count}, but {len(problems)} problems were set aside: set validation_count={count}"
-            )
+            raise UserError(f"count={count}, but {len(problems)} problems were set aside: set validation_count={count}")
         return {self.generator: problems[:count]}
 
     def score(self, example: Example, completion: str) -> float:
@@ -129,7 +128,7 @@ class ReasoningGym:
     def _example(self, seed: int, index: int) -> Example:
         reply = self._pool.ask(self._entry_request(seed, index)) or {"failure": "no answer in time"}
         if "value" not in reply:
-            raise ValueError(
+            raise UserError(
                 f"task {self.name!r} made no problem for seed {seed}, index {index}, config {self.config}: "
                 f"{reply['failure']}; change 'config'"
             )
@@ -147,7 +146,7 @@ class ReasoningGym:
             example = self._example(seed, position + attempt * _STRIDE)
             if example.prompt not in held_out:
                 return example
-        raise ValueError(self._too_small(f"{_TRIES} draws in a row were validation problems"))
+        raise UserError(self._too_small(f"{_TRIES} draws in a row were validation problems"))
 
     def _validation_problems(self) -> list[Example]:
         if self._held_out is None:
@@ -160,7 +159,7 @@ class ReasoningGym:
                     break
             else:
                 draws = 8 * self.validation_count
-                raise ValueError(self._too_small(f"it gave {len(problems)} different questions in {draws} draws"))
+                raise UserError(self._too_small(f"it gave {len(problems)} different questions in {draws} draws"))
             self._held_out = list(problems.values())
         return self._held_out
 
@@ -174,18 +173,18 @@ class ReasoningGym:
         """Everything that can be wrong with the name and the configuration, before any training starts."""
         names = self._fetch({"do": "names"})
         if self.generator not in names:
-            raise ValueError(
+            raise UserError(
                 f"reasoning_gym has no generator {self.generator!r}.{nearest(self.generator, names, listed=True)}"
             )
         known = self._fetch({"do": "options", "generator": self.generator})
         for option in self.config:
             if option not in known:
                 hint = nearest(option, known, listed=True)
-                raise ValueError(f"reasoning_gym's {self.generator!r} has no option {option!r}.{hint}")
+                raise UserError(f"reasoning_gym's {self.generator!r} has no option {option!r}.{hint}")
         try:
             json.dumps(self.config)
         except TypeError as error:
-            raise ValueError(f"config of {self.name!r} must consist of numbers, texts and lists: {error}") from error
+            raise UserError(f"config of {self.name!r} must consist of numbers, texts and lists: {error}") from error
         self._example(_VALIDATION_SEED, 0)
 
     def _fetch(self, request: dict[str, Any]) -> list[str]:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Protocol
 
+from cppo.errors import UserError
 from cppo.tasks.base import Example, LazyExamples
 
 _VALIDATION_SHARE = 16  # one prompt in 16 belongs to validation
@@ -56,7 +57,7 @@ class Scratchpad:
         validation_count: validation problems a family unless `validation` is told otherwise.
 
     Raises:
-        ValueError: unknown, repeated or no family; `ignorance` or `validation_count` out of range.
+        UserError: unknown, repeated or no family; `ignorance` or `validation_count` out of range.
     """
 
     def __init__(
@@ -71,11 +72,11 @@ class Scratchpad:
     ) -> None:
         names = [part.strip() for part in families.split(",")] if isinstance(families, str) else list(families)
         if not names or len(set(names)) != len(names):
-            raise ValueError(f"families={names}: name at least one family, and each of them once")
+            raise UserError(f"families={names}: name at least one family, and each of them once")
         if not 0 <= ignorance <= 1:
-            raise ValueError(f"ignorance={ignorance} is a share of the facts: set it between 0 and 1")
+            raise UserError(f"ignorance={ignorance} is a share of the facts: set it between 0 and 1")
         if validation_count < 1:
-            raise ValueError(f"validation_count={validation_count}: set it to at least 1")
+            raise UserError(f"validation_count={validation_count}: set it to at least 1")
         self.name = name
         self.alphabet = alphabet
         self.families: dict[str, Family] = {each: make_family(each) for each in names}

@@ -24,6 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from cppo.errors import UserError
 from cppo.tasks.base import MissingDependency
 
 # Run by path, not by `-m`: importing the package would import torch, seconds and hundreds of megabytes a worker.
@@ -50,7 +51,7 @@ class Worker:
 
     def __init__(self, handler: str, time_limit: float = 5.0, command: Sequence[str] | None = None) -> None:
         if not time_limit > 0:
-            raise ValueError(f"time_limit={time_limit} is in seconds: set it above 0")
+            raise UserError(f"time_limit={time_limit} is in seconds: set it above 0")
         self.time_limit = time_limit
         self.timeouts = 0
         self.crashes = 0
@@ -160,7 +161,7 @@ class WorkerPool:
         self, handler: str, size: int = 1, time_limit: float = 5.0, command: Sequence[str] | None = None
     ) -> None:
         if size < 1:
-            raise ValueError(f"workers={size}: set it to at least 1")
+            raise UserError(f"workers={size}: set it to at least 1")
         self.workers = [Worker(handler, time_limit, command) for _ in range(size)]
         # Last in, first out: requests that come one by one all go to one worker, and the others never start.
         self._idle: queue.LifoQueue[Worker] = queue.LifoQueue()

@@ -29,9 +29,7 @@ from cppo.errors import UserError
 from cppo.files import rounded
 from cppo.rules import TrustRegion, Verdict
 from cppo.runs.calibration import (
-    CALIBRATION_FILE,
     Part,
-    data_path,
     is_final,
     joined,
     latest_thresholds,
@@ -41,6 +39,7 @@ from cppo.runs.calibration import (
     show,
     write_calibration,
 )
+from cppo.runs.folder import RunFolder
 from cppo.thresholds import Unreachable, solve
 from cppo.tokens import TokenBatch
 from cppo.training.processes import from_all, from_main
@@ -66,8 +65,8 @@ class Calibration:
         record = from_main(read_calibration(folder) if self.names and PartialState().is_main_process else None)
         if self.names and step and record is None:
             raise UserError(
-                f"{folder / CALIBRATION_FILE} is missing: the thresholds with which this run came to step {step} are "
-                "not known. Restore it, or begin a new run."
+                f"{RunFolder(folder).calibration_file} is missing: the thresholds with which this run came to step "
+                f"{step} are not known. Restore it, or begin a new run."
             )
         self.history: list[dict[str, Any]] = list(record["history"]) if record else []
         self.done = not self.names or (record is not None and record["thresholds"] is not None)
@@ -151,7 +150,7 @@ class Calibration:
         if not sample_of(seen).moved:
             return entry | {"why": "the policy has not moved, so this batch does not count."}, None
         named = {f"{number}/{name}": x for number, part in enumerate(seen) for name, x in part.items()}
-        files.atomic_write_bytes(data_path(self.folder, step), save(named))
+        files.atomic_write_bytes(RunFolder(self.folder).calibration_data(step), save(named))
         steps = [*(entry["step"] for entry in self.history if entry["tokens"]), step]
         sample = read_sample(self.folder, steps[1:] or steps)
         entry["tokens"] = sample.tokens

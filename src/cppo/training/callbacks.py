@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from cppo.errors import StopError
 from cppo.runs.checkpoints import Checkpoints
 from cppo.training.processes import any_process
 
@@ -51,7 +52,7 @@ class StopRequest:
             self._on_request()
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(StopError, RuntimeError):
     """Too many updates in a row had a NaN or infinite gradient."""
 
 

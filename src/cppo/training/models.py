@@ -24,6 +24,7 @@ from transformers import (
 from cppo import files
 from cppo.config.load import Config
 from cppo.errors import UserError
+from cppo.runs.folder import RunFolder
 
 if TYPE_CHECKING:
     from cppo.config.load import Config
@@ -193,10 +194,10 @@ def save_best(
 
     `weights` are those of a sharded model, gathered; else the model's own are saved.
     """
-    target = folder / "best" / f"step-{step:06d}"
+    target = RunFolder(folder).best / f"step-{step:06d}"
     with files.atomic_folder(target) as temporary:
         model.save_pretrained(temporary, **({} if weights is None else {"state_dict": weights}))
         tokenizer.save_pretrained(temporary)
-    for other in (folder / "best").glob("step-*"):
+    for other in (RunFolder(folder).best).glob("step-*"):
         if other != target:
             shutil.rmtree(other, ignore_errors=True)

@@ -3,7 +3,6 @@
 * `RunRecorder` is the TRL engine's observer. A rollout batch (one *step*) gives one row of `positions.jsonl`
   (divergence by position, and which reasons held tokens back), one of `certificates.jsonl` and, on every `every`-th
   step, `samples/step-000010.jsonl` with a few responses and the reason, divergence and ratio of each of their tokens.
-* `append_metrics` / `read_metrics` are `metrics.jsonl`.
 
 What lies in these files is a function of the training alone: no wall clock, no random choice, numbers in fixed
 precision. A resumed run writes the same bytes as an uninterrupted one (`truncate_after` drops what lies ahead).
@@ -24,9 +23,9 @@ from cppo.engines.support import BASELINE, GROUP, REWARD, TOKENS
 from cppo.files import rounded
 from cppo.rules import Reason, Verdict
 from cppo.rules.base import held_back
-from cppo.runs.certificates import CERTIFICATES_FILE, Responses, certificate_row
+from cppo.runs.certificates import Responses, certificate_row
+from cppo.runs.folder import RunFolder
 from cppo.runs.positions import by_position
-from cppo.runs.records import POSITIONS_FILE, samples_path, truncate_records
 from cppo.tokens import TokenBatch
 
 
@@ -98,7 +97,7 @@ class RunRecorder:
                 f"Got every={every}, count={count}, updates={updates}; set every >= 0 (0: no samples), count >= 0 and "
                 "updates >= 1."
             )
-        self.folder = Path(folder)
+        self.files = RunFolder(folder)
         self.every, self.count, self.updates, self.divergence = every, count, updates, divergence
         #: of the step that ended last: its surrogate gain and the bound of its error, for metrics.jsonl
         self.figures: dict[str, float | None] = {}
@@ -127,25 +126,25 @@ class RunRecorder:
         """
         self.figures = {}
         if self._calls:
-            files.append_jsonl(self.folder / POSITIONS_FILE, self._positions(step))
+            files.append_jsonl(self.files.positions_file, self._positions(step))
             self._certify(step)
             due = self.every > 0 and (step % self.every == 0 or last)
             if due and self.count:
                 rows = self._samples(step)
                 text = "".join(files.dumps(row) + "\n" for row in rows)
-                files.atomic_write_text(samples_path(self.folder, step), text)
+                files.atomic_write_text(self.files.samples_file(step), text)
         self._forget()
 
     def _certify(self, step: int) -> None:
         row = certificate_row([call.responses() for call in self._calls if REWARD in call.inputs], self.divergence)
         if row is not None:
-            files.append_jsonl(self.folder / CERTIFICATES_FILE, {"step": step, "update": self._update} | row)
+            files.append_jsonl(self.files.certificates_file, {"step": step, "update": self._update} | row)
             self.figures = {"trust/surrogate_gain": row["surrogate"], "trust/residual_bound": row["ratios"]}
 
     def truncate_after(self, step: int) -> None:
         """Forget everything after `step`, in the files and in memory (resume from the checkpoint of `step`)."""
         self._forget()
-        truncate_records(self.folder, step)
+        self.files.truncate_records(step)
 
     def _positions(self, step: int) -> dict[str, Any]:
         row: dict[str, Any] = {"step": step, "update": self._update}

@@ -43,9 +43,10 @@ from cppo.engines.trl.trainer import ALL_EQUAL, Observer, TrustRegionTrainer, tr
 from cppo.errors import UserError
 from cppo.rules import Verdict
 from cppo.runs.checkpoints import Checkpoints
-from cppo.runs.folder import drop_unused, latest_state, prepare_folder
+from cppo.runs.folder import RunFolder
 from cppo.runs.plots import write_plots
-from cppo.runs.records import append_metrics, append_problems, before_and_after, best_evaluation, judged, read_metrics
+from cppo.runs.prepare import drop_unused, latest_state, prepare_folder
+from cppo.runs.records import before_and_after, best_evaluation, judged
 from cppo.runs.samples import render_sample
 from cppo.runs.summary import write_summary
 from cppo.show.progress import RunProgress, accuracy_table
@@ -80,16 +81,17 @@ class Run:
 
     def __init__(self, config: Config, task: Task, folder: Path, progress: RunProgress, stop: StopRequest) -> None:
         self.config, self.task, self.folder, self.progress, self.stop = config, task, folder, progress, stop
+        self.files = RunFolder(folder)
         self.main = PartialState().is_main_process
         self.benchmarks = held_out(task, config)
-        self.warmup_checkpoints = Checkpoints(folder / "warmup", keep=1)
-        self.checkpoints = Checkpoints(folder / "checkpoints", keep=config.keep_checkpoints)
+        self.warmup_checkpoints = Checkpoints(self.files.warmup, keep=1)
+        self.checkpoints = Checkpoints(self.files.checkpoints, keep=config.keep_checkpoints)
 
     # -- files ---------------------------------------------------------------------------------------------------
 
     def log(self, **row: Any) -> None:
         if self.main:
-            append_metrics(self.folder, row)
+            self.files.append_metrics(row)
 
     def interrupted(self) -> Interrupted:
         return Interrupted(_how_to_resume(self.folder))
@@ -125,13 +127,13 @@ class Run:
         seconds = {"time/evaluation": time.monotonic() - began}
         row: dict[str, Any] = {"step": step, "update": step * self.config.updates, "kind": "evaluation", **figures}
         self.progress.note(f"step {step}: Avg@{self.config.evaluation.samples} {row['avg/mean']:.3f}")
-        best = best_evaluation([*read_metrics(self.folder), row]) if self.main else None
+        best = best_evaluation([*self.files.metrics(), row]) if self.main else None
         if from_main(best is not None and best["step"] == step):
             weights = None if trainer is None else whole_weights(trainer.accelerator, trainer.model_wrapped)
             if self.main:
                 save_best(self.folder, model, tokenizer, step, weights)
         if self.main:
-            append_problems(self.folder, step, self.config.evaluation.samples, scores)
+            self.files.append_problems(step, self.config.evaluation.samples, scores)
         # Last: a run that is killed before this line evaluates again, so the best policy is never missing.
         self.log(**row, **seconds)
         PartialState().wait_for_everyone()
@@ -140,7 +142,7 @@ class Run:
         """Train on demonstrations; returns the folder of the resulting model. Goes on where a killed warm-up
         stopped.
         """
-        result = self.folder / "warmup" / "model"
+        result = self.files.warmup_model
         if from_main(result.exists()):
             return result
         model, tokenizer = build_policy(self.config, getattr(self.task, "alphabet", None))
@@ -197,7 +199,7 @@ class Run:
         samples = config.samples
         recorder = RunRecorder(self.folder, tokenizer, samples.every, samples.count, config.updates, rule.divergence)
         guard = NonFiniteGuard(self.checkpoints)
-        guard.restore([row.get("skipped_nonfinite", 0) for row in read_metrics(self.folder, "train")])
+        guard.restore([row.get("skipped_nonfinite", 0) for row in self.files.metrics("train")])
         trainer = TrustRegionTrainer(
             model=model,
             reward_funcs=reward_function(self.task, examples),
@@ -233,7 +235,7 @@ class Run:
 
     def reinforce(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         """RL from the newest checkpoint to the last step, and the evaluation after it."""
-        with tensorboard_in(self.folder / "tensorboard"):
+        with tensorboard_in(self.files.tensorboard):
             trainer = self.trainer(model, tokenizer)
         done = self.checkpoints.latest()
         self.start_rl_phase(done or 0)
@@ -348,7 +350,7 @@ def finish(run: Run, console: Console) -> RunResult:
     """Plots, summary and the closing tables, from the files of the run."""
     if not run.main:
         return RunResult(run.folder, {}, {}, {})
-    rows = read_metrics(run.folder, "evaluation")
+    rows = run.files.metrics("evaluation")
     run.progress.pause()
     for checkpoints in (run.checkpoints, run.warmup_checkpoints):
         checkpoints.clear_unfinished()
@@ -360,7 +362,7 @@ def finish(run: Run, console: Console) -> RunResult:
     console.print(accuracy_table(before, after))
     console.print(
         f"Best validation score: Avg@{run.config.evaluation.samples} {best['avg/mean']:.3f} at step {best['step']} "
-        f"({run.folder / 'best'})",
+        f"({run.files.best})",
         highlight=False,
         soft_wrap=True,
     )

@@ -14,9 +14,11 @@ import pytest
 import torch
 
 import cppo
+from cppo.engines.support import EngineChangedError
 from cppo.engines.trl import head as trl_head
 from cppo.engines.trl.batch import BASELINE, GROUP, REWARD, TOKENS
 from cppo.engines.trl.trainer import TrustRegionTrainer
+from cppo.errors import UserError
 
 from .trl_setup import (
     NEED_DIVERGENCE,
@@ -371,7 +373,7 @@ def test_mutations_of_trl_are_caught(mutation: str, monkeypatch: pytest.MonkeyPa
     namespace = dict(vars(module))
     exec(compile(source.replace(old, new), "mutated TRL", "exec"), namespace)
     monkeypatch.setattr(module.GRPOTrainer, "_compute_loss", namespace["_compute_loss"])
-    with pytest.raises((AssertionError, RuntimeError)):
+    with pytest.raises((AssertionError, RuntimeError, EngineChangedError)):
         assert_contract("cppo", "binary_tv")
 
 
@@ -379,7 +381,7 @@ def test_a_moved_hook_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from trl import GRPOTrainer
 
     monkeypatch.setattr(GRPOTrainer, "get_off_policy_mask", staticmethod(lambda advantages, logps, mask: 1))
-    with pytest.raises(RuntimeError, match=r"written for TRL 1\.16"):
+    with pytest.raises(EngineChangedError, match=r"written for TRL 1\.16"):
         trainer(cppo.CPPO())
 
 
@@ -388,5 +390,5 @@ def test_a_head_that_does_more_is_noticed(kind: str, monkeypatch: pytest.MonkeyP
     """If TRL's log-probabilities are not those of the head as it is scored here, the first rollout says so."""
     run = trainer(cppo.DPPO(divergence=kind))
     monkeypatch.setattr(trl_head, "logit_changes", lambda model: (None, 2.0))
-    with pytest.raises(RuntimeError, match="differ from TRL's"):
+    with pytest.raises(UserError, match="differ from TRL's"):
         rollout_and_drift(run)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cppo import files
-from cppo.runs.records import append_metrics, append_problems
+from cppo.runs.folder import RunFolder
 from cppo.study.ablate.suite import Options, base_of, plan_of
 from cppo.study.ablate.suites import make_suites
 from cppo.study.store import open_study
@@ -24,15 +24,15 @@ def write_run(plan, run, final, before=0.25, rewards=None, masked=0.02, clipped=
     benchmark = run.config.task.options["families"][0]
     for step, score in ((0, before), (steps, final)):
         row = {"step": step, "update": step, "kind": "evaluation", "samples": 4, "time/evaluation": 2.0}
-        append_metrics(folder, row | {f"avg/{benchmark}": score, "avg/mean": score})
+        RunFolder(folder).append_metrics(row | {f"avg/{benchmark}": score, "avg/mean": score})
         if problems:  # half of it is how hard the problem is
-            append_problems(folder, step, 4, {benchmark: [score / 2, score * 3 / 2]})
+            RunFolder(folder).append_problems(step, 4, {benchmark: [score / 2, score * 3 / 2]})
         if step == 0:
             for at in range(1, steps + 1):
                 reward = rewards[at - 1] if rewards else 0.5
                 trust = {"trust/masked_fraction": masked, "trust/token_limit_fraction": masked}
                 trust |= {"trust/ratio_clip_fraction": clipped, "time/step_time": 1.0}
-                append_metrics(folder, {"step": at, "update": at, "kind": "train", "reward": reward} | trust)
+                RunFolder(folder).append_metrics({"step": at, "update": at, "kind": "train", "reward": reward} | trust)
     files.atomic_write_text(folder / "summary.md", "done")
 
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from cppo.runs.records import append_metrics
+from cppo.runs.folder import RunFolder
 from cppo.study.ablate import answers as ablate_report
 from cppo.study.ablate.answers import measured, read_all, write_all
 from cppo.study.ablate.suite import suites_of
@@ -103,7 +103,7 @@ def test_masked_fractions_are_measured_after_the_calibration(tmp_path):
         for line in lines:
             if line["kind"] == "train" and line["step"] <= run.config.calibration.steps:
                 line |= {"trust/token_limit_fraction": 0.9}
-            append_metrics(plan.folder_of(run), line)
+            RunFolder(plan.folder_of(run)).append_metrics(line)
     (report,) = read_all(plan)
     found = {(p["rule"], p["target"]): (p["masked"], p["final"]["value"]) for p in report.data["points"]}
     assert found == {

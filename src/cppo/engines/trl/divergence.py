@@ -21,6 +21,7 @@ from torch import Tensor
 from cppo import divergence
 from cppo.engines.trl.head import Head, hidden_states, states_before
 from cppo.engines.trl.rollout import HIDDEN, IDS, LOGSUMEXP, PACKED, RolloutPass, Wanted, spread, unpack
+from cppo.errors import UserError
 from cppo.scoring import exact_divergence
 from cppo.scoring.adaptive import ROUNDING, adaptive_for_rule
 from cppo.scoring.store import contains, topk_error_bound
@@ -89,7 +90,7 @@ class HeadDivergence:
         if rollout is None or "old_per_token_logps" not in output:
             raise RuntimeError("TRL did not compute the old log-probabilities, from whose forward mu's scores come.")
         if "sampling_per_token_logps" in output and self.top_k.anchor == "rollout":
-            raise ValueError(
+            raise UserError(
                 "the rollouts came from another engine (vLLM or rollout_func), which reports the sampled tokens alone. "
                 "Set divergence='binary_tv' in the rule, or topk_anchor='recomputed'."
             )

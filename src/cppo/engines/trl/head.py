@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cppo.errors import UserError
 from cppo.scoring import Distributions, TokenScores, score_tokens
 
 #: Elements of a temporary [chunk, J, d] of gathered rows: 2^25 float32 numbers are 128 MiB.
@@ -53,7 +54,7 @@ def logit_changes(model: Any) -> tuple[float | None, float]:
         if value is None:
             continue
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise ValueError(
+            raise UserError(
                 f"{type(model).__name__} has {name}={value!r} in its configuration, expected a number above 0: the "
                 "divergences that look at the whole head would score other logits than TRL does. Set "
                 "divergence='binary_tv' (or 'binary_kl') in the rule."
@@ -70,7 +71,7 @@ def hidden_states(model: Any, receive: Callable[[Tensor, torch.dtype], None]) ->
     """Call `receive(last_hidden_state [B, P + T, d], autocast dtype or its own)` on each forward of the backbone."""
     backbone = model.base_model
     if backbone is model:
-        raise ValueError(
+        raise UserError(
             f"{type(model).__name__} names no backbone (base_model_prefix), so its hidden states cannot be read. Set "
             "divergence='binary_tv' (or 'binary_kl') in the rule."
         )
@@ -121,7 +122,7 @@ class Head:
         if hasattr(weight, "full_tensor"):
             weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
         if weight.dim() != 2 or weight.numel() == 0:
-            raise ValueError(
+            raise UserError(
                 f"the lm_head's weight has shape {list(weight.shape)} here: DeepSpeed ZeRO-3 and FSDP1 keep it in "
                 "pieces, of which nothing but the sampled token's log-probability can be had. Use DDP, ZeRO-2 or "
                 "FSDP2, or set divergence='binary_tv' in the rule."

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from cppo.engines.trl.head import Head, states_before
+from cppo.errors import UserError
 from cppo.scoring.store import RaggedTopK, pack_topk, unpack_topk
 
 #: Keys of a rollout batch. Top K: int32 ids and float32 log-probabilities ``[B, T, K]``, or one entry that holds both:
@@ -140,7 +141,7 @@ class RolloutPass:
             does something that `Head` does not.
         """
         if self._scorer is None or self.rows != self.tokens.shape[0]:
-            raise RuntimeError(
+            raise UserError(
                 f"the backbone's forward was seen for {self.rows} of {self.tokens.shape[0]} responses while TRL "
                 "computed the old log-probabilities, so the rollout policy is not known beyond the sampled tokens. Set "
                 "divergence='binary_tv' in the rule."
@@ -148,7 +149,7 @@ class RolloutPass:
         gap = torch.where(self.mask, self.sampled_logp - old_logp.float(), 0.0).abs().max().item()
         allowed = 1e-3 if self._scorer.dtype == torch.float32 else 0.25
         if not gap <= allowed:
-            raise RuntimeError(
+            raise UserError(
                 f"log-probabilities from the captured hidden states differ from TRL's by up to {gap:.3g} (allowed: "
                 f"{allowed}): this model's head or this TRL does more than scale and cap h W + b. Set "
                 "divergence='binary_tv' in the rule."

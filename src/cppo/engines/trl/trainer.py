@@ -28,7 +28,7 @@ from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer
 
 from cppo.divergence import Variant
-from cppo.engines.support import TrustRegionLoss
+from cppo.engines.support import EngineChangedError, TrustRegionLoss
 from cppo.engines.trl.batch import ROW_SCALE, attach_rewards, drop_zero_spread
 from cppo.engines.trl.divergence import HeadDivergence
 from cppo.engines.trl.head import causal_lm, logit_changes
@@ -91,7 +91,7 @@ class TrustRegionTrainer(GRPOTrainer):
 
     Raises
     ------
-    ValueError : settings that would disable or alter the rule, all in one message. RuntimeError : TRL has moved.
+    UserError : settings that would disable or alter the rule, all in one message. EngineChangedError : TRL has moved.
     """
 
     beta: float  # TRL's
@@ -114,9 +114,9 @@ class TrustRegionTrainer(GRPOTrainer):
     ) -> None:
         rule = CPPO() if rule is None else rule
         if not isinstance(rule, TrustRegion):
-            raise ValueError(f"rule is {rule!r}, expected a rule such as cppo.CPPO(), or cppo.make_rule('cppo').")
+            raise UserError(f"rule is {rule!r}, expected a rule such as cppo.CPPO(), or cppo.make_rule('cppo').")
         if args is None:
-            raise ValueError("args is None, and TRL's defaults clip the ratio. Set args=trust_region_config(...).")
+            raise UserError("args is None, and TRL's defaults clip the ratio. Set args=trust_region_config(...).")
         _check_seam()
         options = TopK(top_k, topk_variant, topk_anchor, topk_store)
         _refuse(problems(args, rule, options))
@@ -145,7 +145,7 @@ class TrustRegionTrainer(GRPOTrainer):
         ValueError : the rule needs another divergence, for which nothing has been prepared.
         """
         if rule.divergence != self._trust.rule.divergence:
-            raise ValueError(
+            raise UserError(
                 f"the rule needs {rule.divergence!r}, and the trainer measures {self._trust.rule.divergence!r}."
             )
         self._trust.rule = rule
@@ -289,14 +289,14 @@ def _refuse(found: list[str]) -> None:
     if found:
         head = "these settings" if len(found) > 1 else "this setting"
         body = "\n".join(f"  - {sentence}" for sentence in found)
-        raise ValueError(
+        raise UserError(
             f"{head} would silently disable or alter the trust region (trust_region_config(...) has the right "
             f"ones):\n{body}"
         )
 
 
-def _moved(what: str) -> RuntimeError:
-    return RuntimeError(
+def _moved(what: str) -> EngineChangedError:
+    return EngineChangedError(
         f"TRL {trl.__version__} does not work the way this adapter expects (written for TRL {WRITTEN_FOR}.x): {what}. "
         f"Install 'trl=={WRITTEN_FOR}.*', or a CPPO that knows this TRL."
     )

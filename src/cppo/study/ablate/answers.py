@@ -16,7 +16,8 @@ from rich.markup import escape
 
 from cppo import files
 from cppo.rules.base import HELD
-from cppo.runs.records import judged, read_metrics
+from cppo.runs.folder import RunFolder
+from cppo.runs.records import judged
 from cppo.show.figures import save_figure
 from cppo.study.ablate import figures, tables
 from cppo.study.ablate.frontier import diverged, read_frontier
@@ -45,7 +46,7 @@ def write_all(plan: Plan) -> list[SuiteReport]:
         files.atomic_write_json(folder / RESULTS_FILE, report.as_json())
         files.atomic_write_text(folder / TABLE_FILE, tables.markdown(report))
         for name, draw in report.drawings.items():
-            save_figure(draw(), folder / "plots", name)
+            save_figure(draw(), RunFolder(folder).plots, name)
     whole = "\n".join(tables.markdown(report) for report in reports)
     files.atomic_write_text(plan.folder / TABLE_FILE, whole)
     return reports
@@ -123,7 +124,7 @@ def measured(plan: Plan, label_of: Mapping[str, str]) -> dict[str, list[float]]:
             continue
         calibration = getattr(run.config, "calibration", None)
         before = calibration.steps if calibration is not None else 0
-        rows = [row for row in judged(read_metrics(plan.folder_of(run))) if int(row["step"]) > before]
+        rows = [row for row in judged(RunFolder(plan.folder_of(run)).metrics()) if int(row["step"]) > before]
         shares = [sum(float(row.get(name) or 0.0) for name in HELD_SHARES) for row in rows]
         if shares:
             found.setdefault(label, []).append(plain.fmean(shares))
