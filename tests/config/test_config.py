@@ -106,7 +106,7 @@ def test_the_trl_config_of_every_recipe_is_built(name, tmp_path):
 
 
 def test_recipes_are_found_by_name_and_by_path(tmp_path):
-    assert set(recipes()) == {"arithmetic", *TABLE_3}
+    assert set(recipes()) == {"arithmetic", "smollm2-135m", *TABLE_3}
     assert find_recipe("arithmetic") == find_recipe("arithmetic.yaml") == recipes()["arithmetic"]
     own = tmp_path / "mine.yaml"
     own.write_text("rule: dppo\ntask: arithmetic\nsteps: 2\n")

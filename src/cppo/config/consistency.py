@@ -61,6 +61,9 @@ SAMPLING: Mapping[str, tuple[object, ...]] = {
     "repetition_penalty": (None, 1, 1.0),
 }
 
+#: The largest learning rate of a warm-up that starts from trained weights.
+PRETRAINED_RATE = 1e-4
+
 
 def problems(config: Settings) -> list[str]:
     """Every contradiction in `config`; empty if there is none."""
@@ -109,11 +112,11 @@ def _batches(config: Settings) -> Iterator[str]:
 def _model(config: Settings) -> Iterator[str]:
     tiny, limit = config.tiny, config.evaluation.max_new_tokens
     if config.model != "tiny":
-        if config.warmup.steps:
+        if config.warmup.steps and config.warmup.learning_rate > PRETRAINED_RATE:
             yield (
-                f"warmup.steps is {config.warmup.steps}, but model is {config.model!r}: the warm-up is for "
-                "model=tiny, which "
-                "starts from random weights. Set warmup.steps=0."
+                f"warmup.steps is {config.warmup.steps} at warmup.learning_rate={config.warmup.learning_rate:g}, which "
+                f"would undo the training of model={config.model!r}. Set warmup.steps=0, or a learning rate of at most "
+                f"{PRETRAINED_RATE:g}."
             )
         return
     if tiny.hidden_size % (2 * tiny.heads):

@@ -23,7 +23,7 @@ from cppo.config import yaml_io
 from cppo.config.consistency import problems
 from cppo.config.keys import describe, field_at, rule_parameters, similar_keys
 from cppo.config.settings import Settings
-from cppo.config.trl_kwargs import trl_config_kwargs, uses_bfloat16
+from cppo.config.trl_kwargs import trl_config_kwargs
 from cppo.errors import UserError
 from cppo.rules import RULES
 from cppo.words import nearest
@@ -36,11 +36,11 @@ __all__ = [
     "load_config",
     "recipes",
     "trl_config_kwargs",
-    "uses_bfloat16",
 ]
 
-#: The recipe of `cppo train` without arguments.
+#: The recipe of `cppo train` without arguments, and where another model than `tiny` is asked for.
 DEFAULT_RECIPE = "arithmetic"
+MODEL_RECIPE = "smollm2-135m"
 
 
 class Config(Settings):
@@ -107,7 +107,8 @@ def load_config(recipe: str | Path | None = None, overrides: Sequence[str] = ())
 
     Parameters
     ----------
-    recipe : a YAML file or the name of a shipped recipe; None: `DEFAULT_RECIPE`.
+    recipe : a YAML file or the name of a shipped recipe; None: `DEFAULT_RECIPE`, or `MODEL_RECIPE` where the overrides
+        name another model than `tiny`: settings for a model of random weights would ruin a trained one.
     overrides : ``key=value``, values in YAML: ``optimizer.learning_rate=1e-6``, ``task.families=[chain-24]``,
         ``peft=null``.
 
@@ -115,7 +116,7 @@ def load_config(recipe: str | Path | None = None, overrides: Sequence[str] = ())
     ------
     ConfigError : what is wrong, one sentence a problem; malformed YAML with file and line.
     """
-    path = find_recipe(DEFAULT_RECIPE if recipe is None else recipe)
+    path = find_recipe(_default_recipe(overrides) if recipe is None else recipe)
     try:
         raw = yaml_io.read(path)
     except (OSError, ValueError) as error:
@@ -136,6 +137,11 @@ def load_config(recipe: str | Path | None = None, overrides: Sequence[str] = ())
     if found:
         raise ConfigError(found)
     return config
+
+
+def _default_recipe(overrides: Sequence[str]) -> str:
+    models = [text.partition("=")[2].strip() for text in overrides if text.partition("=")[0].strip() == "model"]
+    return MODEL_RECIPE if models and models[-1] != "tiny" else DEFAULT_RECIPE
 
 
 # -- overrides -------------------------------------------------------------------------------------------------------

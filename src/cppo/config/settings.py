@@ -98,6 +98,20 @@ class TaskSettings(Section):
         )
 
 
+class Prompt(Section):
+    """How the question of a task becomes what the model reads; the same in rollouts, evaluation and samples."""
+
+    format: Literal["auto", "text", "chat"] = "auto"
+    """`chat`: as a user's message through the model's chat template; `text`: as it is; `auto`: a chat where there is a
+    template."""
+    system: str | None = None
+    """System message of a chat; null: none of ours (some templates bring their own)."""
+    suffix: str = ""
+    """Put behind each question, such as where to write the answer."""
+    template: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the chat template, such as `enable_thinking: false`."""
+
+
 class RuleSettings(Section):
     """The trust region: a rule's name and its parameters; `cppo rules` lists them with their defaults."""
 
@@ -154,10 +168,10 @@ class Calibration(Section):
 
 
 class Warmup(Section):
-    """Supervised training of a tiny model on the task's demonstrations, before RL."""
+    """Supervised training on the task's demonstrations, before RL; random weights (`tiny`) need it."""
 
     steps: Whole = 0
-    """Optimizer updates; 0: no warm-up. Always 0 for a model that is not `tiny`."""
+    """Optimizer updates; 0: no warm-up."""
     batch_size: Count = 64
     """Demonstrations an update."""
     learning_rate: Positive = 1e-3
@@ -267,9 +281,11 @@ class Settings(Section):
     name: str = "custom"
     """Label of the run: its folder is `runs/NAME-RULE-001`. Default: the recipe's file name, or another task's name."""
     model: Annotated[str, Field(min_length=1)] = "tiny"
-    """`tiny` (made from the section `tiny`), a local folder, or a hub id."""
+    """`tiny` (made from the section `tiny`), a local folder, a GGUF file, `package:MODULE/FILE` (a file inside an
+    installed package), or a hub id."""
     tiny: Tiny = Field(default_factory=Tiny)
     task: TaskSettings = Field(default_factory=TaskSettings)
+    prompt: Prompt = Field(default_factory=Prompt)
     rule: RuleSettings = Field(default_factory=lambda: RuleSettings.model_validate({}))
     calibration: Calibration = Field(default_factory=Calibration)
     top_k: Count = 20
@@ -299,7 +315,8 @@ class Settings(Section):
     """Denominator of the loss: `dr_grpo` a constant (responses * max_new_tokens), `grpo` each response's length, `dapo`
     the loss tokens of the update, `bnpo` those of the micro-batch."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of forward and backward; auto: bfloat16 on a GPU, float32 on a CPU and for `tiny`."""
+    """Of forward and backward; auto: bfloat16 on a GPU and on a processor that multiplies it fast, float32 elsewhere
+    and for `tiny`."""
     gradient_checkpointing: Literal["auto", True, False] = "auto"
     """Recompute activations in the backward pass to save memory; auto: on a GPU, not for `tiny`."""
     evaluation: Evaluation = Field(default_factory=Evaluation)

@@ -6,19 +6,12 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cppo.config.precision import choose
 from cppo.errors import UserError
 from cppo.words import nearest
 
 if TYPE_CHECKING:
     from cppo.config.settings import Settings
-
-
-def uses_bfloat16(config: Settings, gpu: bool) -> bool:
-    """Whether forward and backward run in bfloat16. Never by itself for `tiny`: rounding alone makes a divergence of
-    2e-3 to 1e-2 in TV, which is of the order of a small run's budget."""
-    if config.precision == "auto":
-        return gpu and config.model != "tiny"
-    return config.precision == "bfloat16"
 
 
 def trl_config_kwargs(
@@ -77,7 +70,7 @@ def trl_config_kwargs(
         "beta": 0.0,  # no KL to a reference policy
         "scale_rewards": "group" if config.advantages.kind == "zscore" else "none",
         "loss_type": config.aggregation,
-        "bf16": uses_bfloat16(config, gpu),
+        "bf16": choose(config, gpu).bfloat16,
         # transformers refuses bf16 without a GPU unless it is told that the CPU is meant.
         "use_cpu": not gpu,
         "gradient_checkpointing": (

@@ -18,6 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 from cppo.errors import UserError
 from cppo.tasks import Example, Task, make_task
 from cppo.training.processes import from_all, start_processes
+from cppo.training.prompts import PromptFormat
 
 if TYPE_CHECKING:
     from cppo.config.load import Config
@@ -27,21 +28,11 @@ if TYPE_CHECKING:
 OnBatch = Callable[[int], None]
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, str]]) -> list[int]:
-    """Token ids of a prompt: text as it is, messages through the chat template (or joined, where there is none)."""
-    if isinstance(prompt, str):
-        return list(tokenizer(prompt)["input_ids"])
-    if tokenizer.chat_template is not None:
-        ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)
-        return list(ids["input_ids"])
-    return list(tokenizer("\n\n".join(message["content"] for message in prompt) + "\n\n")["input_ids"])
-
-
 @torch.no_grad()
 def sample_responses(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str | list[dict[str, str]]],
+    prompts: Sequence[list[int]],
     *,
     samples: int,
     temperature: float,
@@ -52,11 +43,13 @@ def sample_responses(
     on_batch: OnBatch | None = None,
     together: bool = False,
 ) -> list[list[str]]:
-    """`samples` responses a prompt, as text without special tokens; deterministic by `seed` on one kind of machine.
+    """`samples` responses per prompt, as text without special tokens; deterministic by `seed` on one kind of machine.
+
+    `prompts` : token ids (`cppo.training.prompts.PromptFormat.ids`).
 
     `together`: the model is sharded, so all processes must make the same number of forward passes.
     """
-    ids = [prompt_ids(tokenizer, prompt) for prompt in prompts for _ in range(samples)]
+    ids = [prompt for prompt in prompts for _ in range(samples)]
     generation = GenerationConfig(
         do_sample=True,
         temperature=temperature,
@@ -109,6 +102,7 @@ def evaluate(
     problems are in the order of `benchmarks`, whatever the number of processes.
     """
     settings, process = config.evaluation, PartialState()
+    prompts = PromptFormat(tokenizer, config.prompt)
     rank, size = process.process_index, process.num_processes
     row: dict[str, float] = {"samples": settings.samples}
     by_problem: dict[str, list[float]] = {}
@@ -121,7 +115,7 @@ def evaluate(
         responses = sample_responses(
             model,
             tokenizer,
-            [example.prompt for example in filled],
+            [prompts.ids(example.prompt) for example in filled],
             samples=settings.samples,
             temperature=settings.temperature,
             top_p=settings.top_p,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,9 +26,7 @@ from cppo import files
 from cppo.config.load import Config
 from cppo.errors import UserError
 from cppo.runs.folder import RunFolder
-
-if TYPE_CHECKING:
-    from cppo.config.load import Config
+from cppo.training.sources import ModelSource, check_fits, check_round_trip, find_source
 
 SPECIAL = ("<pad>", "<eos>", "<unk>")
 
@@ -103,8 +102,10 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     ------
     UserError : there is none; it has neither pad nor end token.
     """
+    found = find_source(source)
+    gguf = {} if found.gguf is None else {"gguf_file": found.gguf}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(found.place, trust_remote_code=False, **gguf)
     except (OSError, ValueError, KeyError) as error:
         what = "the folder" if Path(source).exists() else "the hub id"
         raise UserError(
@@ -125,6 +126,8 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
             )
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
+    if found.gguf is not None:
+        check_round_trip(source, tokenizer)
     return tokenizer
 
 
@@ -135,6 +138,9 @@ def load_model(source: str, dtype: torch.dtype) -> PreTrainedModel:
     ------
     UserError : it cannot be loaded (what transformers says, in one sentence).
     """
+    found = find_source(source)
+    if found.gguf is not None:
+        return _load_gguf(found, dtype)
     adapter = (Path(source) / "adapter_config.json").exists()  # LoRA: transformers loads the base model, too
     if Path(source).exists() and not adapter and not (Path(source) / "config.json").exists():
         raise UserError(f"model={source}: the folder holds no config.json, so it is no model folder.")
@@ -148,6 +154,33 @@ def load_model(source: str, dtype: torch.dtype) -> PreTrainedModel:
             f"that holds a "
             "transformers model (config.json and *.safetensors), or a hub id that can be reached."
         ) from error
+
+
+def _load_gguf(source: ModelSource, dtype: torch.dtype) -> PreTrainedModel:
+    """The dequantised weights of a GGUF file in an ordinary model of `dtype`.
+
+    transformers marks the model that it loads as quantised and then refuses to save it ("not serializable"), although
+    every weight is an ordinary number: hence a fresh model from the configuration without that mark.
+
+    Raises
+    ------
+    UserError : an architecture that transformers does not read from GGUF.
+    """
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(source.place, gguf_file=source.gguf, dtype=torch.float32)
+    except (OSError, ValueError, KeyError, NotImplementedError) as error:
+        raise UserError(
+            f"model={source.given}: transformers cannot load this GGUF file ({_first_line(error)}). Take the model as "
+            "a transformers folder (config.json and *.safetensors), or a GGUF of an architecture that it reads (Llama, "
+            "Qwen2, Qwen3, Gemma, Mistral ...)."
+        ) from error
+    config = copy.deepcopy(loaded.config)
+    del config.quantization_config
+    with torch.random.fork_rng(devices=[]):  # its random weights are overwritten; the run's random state is not touched
+        model = type(loaded)(config).to(dtype)
+    model.load_state_dict(loaded.state_dict())
+    model.generation_config = copy.deepcopy(loaded.generation_config)
+    return model
 
 
 def _first_line(error: BaseException) -> str:
@@ -175,7 +208,9 @@ def build_policy(config: Config, alphabet: str | None) -> tuple[PreTrainedModel,
         tokenizer = character_tokenizer(alphabet)
         return tiny_model(config.tiny, tokenizer, config.seed), tokenizer
     tokenizer = load_tokenizer(config.model)
-    return load_model(config.model, torch.float32), tokenizer
+    model = load_model(config.model, torch.float32)
+    check_fits(find_source(config.model), tokenizer, model.get_input_embeddings().num_embeddings)
+    return model, tokenizer
 
 
 def load_checkpoint(path: Path) -> PreTrainedModel:

@@ -38,6 +38,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from cppo import files
 from cppo.config.load import Config
+from cppo.config.precision import choose
 from cppo.config.trl_kwargs import trl_config_kwargs
 from cppo.engines.trl.trainer import ALL_EQUAL, Observer, TrustRegionTrainer, trust_region_config
 from cppo.errors import UserError
@@ -57,6 +58,7 @@ from cppo.training.callbacks import NonFiniteGuard, SaveOnBoundary, StopRequest,
 from cppo.training.evaluate import evaluate, held_out, score_all
 from cppo.training.models import build_policy, load_checkpoint, load_tokenizer, save_best
 from cppo.training.processes import any_process, from_main, is_sharded, start_processes, whole_weights
+from cppo.training.prompts import PromptFormat
 from cppo.training.recorder import RunRecorder
 from cppo.training.trackers import check_trackers, tensorboard_in
 from cppo.training.warmup import logging_steps, warmup_trainer
@@ -173,7 +175,7 @@ class Run:
         """The model that RL starts from, always read from its files, so that a resumed run starts from the same
         bits.
         """
-        if self.config.model == "tiny":
+        if self.config.model == "tiny" or self.config.warmup.steps:
             folder = self.warm_up()
             tokenizer = load_tokenizer(str(folder))
             return AutoModelForCausalLM.from_pretrained(folder, dtype="float32"), tokenizer
@@ -194,6 +196,14 @@ class Run:
         rows = [i % len(examples) for i in range(config.steps * config.rollout.prompts)]
         kwargs = trl_config_kwargs(config, str(self.checkpoints.saving), PartialState().num_processes)
         kwargs.setdefault("run_name", self.folder.name)  # in trackers
+        prompts = PromptFormat(tokenizer, config.prompt)
+        if config.prompt.template:
+            kwargs["chat_template_kwargs"] = dict(config.prompt.template)
+        if config.model != "tiny":
+            precision = choose(config, gpu=PartialState().device.type == "cuda")
+            self.progress.note(f"Precision of forward and backward: {precision}")
+        if config.model != "tiny" and examples:
+            self.progress.note(f"The first prompt as the model reads it:\n{prompts.text(examples[0].prompt)}")
         calibration = Calibration(config, self.folder, self.checkpoints.latest() or 0, self.progress.note)
         rule = calibration.rule
         samples = config.samples
@@ -204,7 +214,7 @@ class Run:
             model=model,
             reward_funcs=reward_function(self.task, examples),
             args=trust_region_config(**kwargs),
-            train_dataset=Dataset.from_list([{"prompt": examples[i].prompt, "index": i} for i in rows]),
+            train_dataset=Dataset.from_list([{"prompt": prompts.of(examples[i].prompt), "index": i} for i in rows]),
             processing_class=tokenizer,
             rule=rule,
             top_k=config.top_k,

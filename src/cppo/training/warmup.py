@@ -26,14 +26,14 @@ from transformers import (
 from cppo.config.load import Config
 from cppo.errors import UserError
 from cppo.tasks import Example, Task
-from cppo.training.evaluate import prompt_ids
+from cppo.training.prompts import PromptFormat
 
 
 class Demonstrations(torch.utils.data.Dataset[dict[str, list[int]]]):
     """Token ids and labels of the i-th demonstration, a pure function of (seed, i); the prompt carries no loss."""
 
-    def __init__(self, task: Task, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
-        self.task, self.examples, self.tokenizer, self.seed = task, examples, tokenizer, seed
+    def __init__(self, task: Task, examples: Sequence[Example], prompts: PromptFormat, seed: int) -> None:
+        self.task, self.examples, self.prompts, self.seed = task, examples, prompts, seed
         demonstrate = getattr(task, "demonstration", None)
         if demonstrate is None or demonstrate(examples[0], random.Random(0)) is None:
             raise UserError(
@@ -48,8 +48,8 @@ class Demonstrations(torch.utils.data.Dataset[dict[str, list[int]]]):
     def __getitem__(self, index: int) -> dict[str, list[int]]:
         example = self.examples[index]
         text = self.demonstrate(example, random.Random(f"{self.seed}:{index}"))
-        prompt = prompt_ids(self.tokenizer, example.prompt)
-        response = [*self.tokenizer(text)["input_ids"], self.tokenizer.eos_token_id]
+        prompt, tokenizer = self.prompts.ids(example.prompt), self.prompts.tokenizer
+        response = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
         return {"input_ids": prompt + response, "labels": [-100] * len(prompt) + response}
 
 
@@ -108,7 +108,7 @@ def warmup_trainer(
     trainer = Trainer(
         model=model,
         args=arguments,
-        train_dataset=Demonstrations(task, examples, tokenizer, config.seed),
+        train_dataset=Demonstrations(task, examples, PromptFormat(tokenizer, config.prompt), config.seed),
         data_collator=collate(tokenizer.pad_token_id),
         processing_class=tokenizer,
         callbacks=callbacks,
