@@ -1,0 +1,149 @@
+"""A sampler for machines without vLLM: it samples with the model in memory and records what it sampled from.
+
+* mu is known exactly: log mu of every sampled token and its top K come from the very logits that were sampled from, in
+  float32. No second pass over the responses recomputes them.
+* Prompts are computed once for all responses to them. Sequences that have ended leave the batch.
+* Random numbers come from torch's global generator, which is part of a checkpoint: a resumed run samples the same.
+
+Left out: everything that bends the distribution (top-p, top-k, min-p, penalties). Training must not have it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+#: Ended sequences are dropped from the batch once less than this share of it is alive: each time copies the cache.
+ALIVE = 0.75
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Responses, one for each row that was asked for.
+
+    tokens : ids of each response, the end token included. logp : log mu of these, float32. top_ids, top_logp : mu's K
+    likeliest ids (int64) and their log-probabilities (float32) where each token was sampled, ``[length, K]``; None
+    without top K.
+    """
+
+    tokens: list[Tensor]
+    logp: list[Tensor]
+    top_ids: list[Tensor] | None
+    top_logp: list[Tensor] | None
+
+
+@torch.no_grad()
+def sample(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    ends: Collection[int],
+    pad: int,
+    top_k: int = 0,
+) -> Sampled:
+    """One response to each of `prompts` from the full softmax of logits / temperature.
+
+    Parameters
+    ----------
+    prompts : token ids, a row for each response; equal prompts are computed once.
+    ends : ids that end a response. pad : id that fills prompts up on the left; its value does not matter.
+    top_k : K, at most the vocabulary; 0: none.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        return _sample(model, prompts, max_new_tokens, temperature, sorted(ends), pad, top_k)
+    finally:
+        model.train(was_training)
+
+
+def _sample(
+    model: Any, prompts: Sequence[Sequence[int]], length: int, temperature: float, ends: list[int], pad: int, top_k: int
+) -> Sampled:
+    device = model.device
+    places: dict[tuple[int, ...], int] = {}
+    row_of = torch.tensor([places.setdefault(tuple(prompt), len(places)) for prompt in prompts], device=device)
+    ids, attention = _padded(list(places), pad, device)
+    cache = DynamicCache(config=model.config)
+    out = model(
+        input_ids=ids,
+        attention_mask=attention,
+        position_ids=(attention.cumsum(-1) - 1).clamp(min=0),
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    cache.batch_select_indices(row_of)
+    attention, logits = attention[row_of], out.logits[row_of, -1]
+    rows = torch.arange(len(prompts), device=device)  # which response each row of the batch is
+    alive = torch.ones(len(prompts), dtype=torch.bool, device=device)
+    end = torch.tensor(ends, device=device)
+    book = _Book(len(prompts), length, top_k, device)
+    for step in range(length):
+        token = book.draw(step, rows, alive, logits.float() / temperature)
+        alive = alive & ~torch.isin(token, end)
+        if step == length - 1 or not bool(alive.any()):
+            break
+        if float(alive.float().mean()) < ALIVE:
+            kept = alive.nonzero()[:, 0]
+            cache.batch_select_indices(kept)
+            token, attention, rows, alive = token[kept], attention[kept], rows[kept], alive[kept]
+        attention = torch.cat([attention, attention.new_ones(len(attention), 1)], 1)
+        out = model(
+            input_ids=token[:, None],
+            attention_mask=attention,
+            position_ids=attention.sum(-1, keepdim=True) - 1,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        logits = out.logits[:, -1]
+    return book.read()
+
+
+def _padded(prompts: list[tuple[int, ...]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Prompts filled up on the left: ids and attention mask, int64 ``[P, longest]``."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    return ids, mask
+
+
+class _Book:
+    """What has been sampled: tensors ``[responses, length(, K)]``, filled column by column."""
+
+    def __init__(self, responses: int, length: int, top_k: int, device: torch.device) -> None:
+        self.tokens = torch.zeros(responses, length, dtype=torch.long, device=device)
+        self.logp = torch.zeros(responses, length, device=device)
+        self.lengths = torch.zeros(responses, dtype=torch.long, device=device)
+        self.top_k = top_k
+        self.top_ids = torch.zeros(responses, length, top_k, dtype=torch.long, device=device)
+        self.top_logp = torch.zeros(responses, length, top_k, device=device)
+
+    def draw(self, step: int, rows: Tensor, alive: Tensor, logits: Tensor) -> Tensor:
+        """Sample a token for each row of the batch, write down those of rows that are alive; int64 ``[rows]``."""
+        log_mu = logits.log_softmax(-1)
+        token = torch.multinomial(log_mu.exp(), 1)
+        at = rows[alive]
+        self.tokens[at, step] = token[alive, 0]
+        self.logp[at, step] = log_mu.gather(-1, token)[alive, 0]
+        self.lengths[at] = step + 1
+        if self.top_k:
+            top = log_mu.topk(self.top_k, -1)
+            self.top_ids[at, step], self.top_logp[at, step] = top.indices[alive], top.values[alive]
+        return token[:, 0]
+
+    def read(self) -> Sampled:
+        lengths = self.lengths.tolist()
+
+        def cut(values: Tensor) -> list[Tensor]:
+            return [row[:length] for row, length in zip(values, lengths, strict=True)]
+
+        top = (cut(self.top_ids), cut(self.top_logp)) if self.top_k else (None, None)
+        return Sampled(cut(self.tokens), cut(self.logp), *top)
