@@ -320,8 +320,8 @@ class Settings(Section):
     gradient_checkpointing: Literal["auto", True, False] = "auto"
     """Recompute activations in the backward pass to save memory; auto: on a GPU, not for `tiny`."""
     evaluation: Evaluation = Field(default_factory=Evaluation)
-    save_every: Count = 1
-    """Steps between checkpoints; a stopped run resumes from the last one."""
+    save_every: Count | Literal["auto"] = 1
+    """Steps between checkpoints; a stopped run resumes from the last one. `auto`: as often as 5% of the time allow."""
     keep_checkpoints: Count = 2
     """Newest checkpoints that are kept."""
     samples: Samples = Field(default_factory=Samples)

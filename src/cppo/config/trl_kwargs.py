@@ -78,7 +78,7 @@ def trl_config_kwargs(
         ),
         # On rollout boundaries only: within one, the buffered responses would be lost and a resumed run would drift.
         "save_strategy": "steps",
-        "save_steps": config.save_every * updates,
+        "save_steps": (1 if config.save_every == "auto" else config.save_every) * updates,  # a callback decides
         "logging_steps": 1,
         "logging_nan_inf_filter": False,
         "report_to": config.report_to or "none",

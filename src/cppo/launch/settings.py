@@ -306,13 +306,18 @@ def _rollout(config: Config, engine: str) -> Iterator[Setting]:
     yield setting(f"{validation}.top_p", evaluation.top_p, "evaluation.top_p")
 
 
+#: Steps between verl's checkpoints where the recipe says `auto`, which verl has not.
+VERL_SAVE_FREQ = 20
+
+
 def _trainer(config: Config, engine: str) -> Iterator[Setting]:
     yield setting("trainer.use_v1", True)
     yield setting("trainer.total_training_steps", config.steps, "steps")
     yield setting("trainer.total_epochs", config.steps, "steps")  # no bound: a pass over the data has a step at least
     yield setting("trainer.val_before_train", True)
     yield setting("trainer.test_freq", config.evaluation.every or config.steps, "evaluation.every")
-    yield setting("trainer.save_freq", config.save_every, "save_every")
+    every = VERL_SAVE_FREQ if config.save_every == "auto" else config.save_every
+    yield setting("trainer.save_freq", every, "save_every")
     yield setting("trainer.max_actor_ckpt_to_keep", config.keep_checkpoints, "keep_checkpoints")
     yield setting("trainer.resume_mode", "auto")
     yield setting("trainer.logger", list(dict.fromkeys(["console", "file", *config.report_to])), "report_to")

@@ -60,6 +60,7 @@ from cppo.training.models import build_policy, load_checkpoint, load_tokenizer, 
 from cppo.training.processes import any_process, from_main, is_sharded, start_processes, whole_weights
 from cppo.training.prompts import PromptFormat
 from cppo.training.recorder import RunRecorder
+from cppo.training.saving import SavePolicy, check_space, state_bytes
 from cppo.training.trackers import check_trackers, tensorboard_in
 from cppo.training.warmup import logging_steps, warmup_trainer
 
@@ -315,6 +316,8 @@ def train(config: Config, resume: Path | None = None, console: Console | None = 
         rows = latest_state(run.folder, run.checkpoints, run.warmup_checkpoints) if process.is_main_process else []
         evaluated = from_main({row["step"] for row in rows if row["kind"] == "evaluation"})
         model, tokenizer = run.policy()
+        if run.main and config.peft is None:  # an adapter's checkpoints are small
+            check_space(folder, *state_bytes(model), config.keep_checkpoints)
         resumed = run.checkpoints.latest()
         if resumed is None and 0 not in evaluated:
             run.evaluate(_placed(model), tokenizer, 0)
@@ -423,6 +426,7 @@ class StepCallback(TrainerCallback):
     ) -> None:
         self.run, self.recorder, self.guard, self.tokenizer, self.trainer = run, recorder, guard, tokenizer, trainer
         self.calibration, self.thresholds = calibration, calibration.thresholds
+        self.saving = SavePolicy(run.config.save_every, state_bytes(trainer.model)[1])
         self.figures: dict[str, Any] = {}
         self.masked: list[float] = []
         self.told_all_equal = False
@@ -469,12 +473,15 @@ class StepCallback(TrainerCallback):
             self.trainer.set_rule(rule)
         if any_process(run.stop.requested) and not final:
             control.should_save = control.should_training_stop = True
-        elif final or step % config.save_every == 0 or due_for_evaluation(config, step):
+        elif final or due_for_evaluation(config, step) or from_main(self.saving.due(step)):
             control.should_save = True
+        if control.should_save:
+            self.saving.starts()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         # After the checkpoint of this step, not before: a long evaluation that is killed costs no training. Its row
         # carries the step, and a resume evaluates again where the row is missing.
+        self.saving.ends()
         run, step = self.run, state.global_step // self.run.config.updates
         stopping = control.should_training_stop and step < run.config.steps
         if due_for_evaluation(run.config, step) and not stopping:
