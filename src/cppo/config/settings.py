@@ -191,6 +191,9 @@ class Rollout(Section):
     """Response limit, in tokens."""
     temperature: Positive = 1.0
     """Sampling temperature; the rollout policy and the trained policy are both the tempered distributions."""
+    sampler: Literal["auto", "own", "trl"] = "auto"
+    """Without vLLM: `own` samples with the model in memory and records mu from the logits that it sampled from; `trl`
+    is TRL's generation, with a pass for mu; `auto`: `own` but for `tiny`, and `trl` for sharded models."""
     vllm: bool = False
     """Sample with vLLM (GPUs) instead of transformers."""
     vllm_mode: Literal["colocate", "server"] = "colocate"

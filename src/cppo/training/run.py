@@ -15,7 +15,7 @@ import os
 import shlex
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,9 +40,8 @@ from cppo import files
 from cppo.config.load import Config
 from cppo.config.precision import choose
 from cppo.config.trl_kwargs import trl_config_kwargs
-from cppo.engines.trl.trainer import ALL_EQUAL, Observer, TrustRegionTrainer, trust_region_config
+from cppo.engines.trl.trainer import ALL_EQUAL, TrustRegionTrainer, trust_region_config
 from cppo.errors import UserError
-from cppo.rules import Verdict
 from cppo.runs.checkpoints import Checkpoints
 from cppo.runs.folder import RunFolder
 from cppo.runs.plots import write_plots
@@ -51,11 +50,11 @@ from cppo.runs.records import before_and_after, best_evaluation, judged
 from cppo.runs.samples import render_sample
 from cppo.runs.summary import write_summary
 from cppo.show.progress import RunProgress, accuracy_table
-from cppo.tasks import Example, Task, make_task
-from cppo.tokens import TokenBatch
+from cppo.tasks import Task, make_task
+from cppo.training.arguments import observers, peft_config, reward_function, sampler_of
 from cppo.training.calibration import Calibration
 from cppo.training.callbacks import NonFiniteGuard, SaveOnBoundary, StopRequest, split_clock
-from cppo.training.evaluate import evaluate, held_out, score_all
+from cppo.training.evaluate import evaluate, held_out
 from cppo.training.models import build_policy, load_checkpoint, load_tokenizer, save_best
 from cppo.training.processes import any_process, from_main, is_sharded, start_processes, whole_weights
 from cppo.training.prompts import PromptFormat
@@ -223,8 +222,9 @@ class Run:
             topk_anchor=config.topk_anchor,
             topk_store=config.topk_store,
             max_on_policy_divergence=config.max_on_policy_divergence,
+            sampler=sampler_of(config, PartialState()),
             zero_spread_filter=config.advantages.zero_spread_filter,
-            observer=_observers(*([recorder] if self.main else []), *([] if calibration.done else [calibration])),
+            observer=observers(*([recorder] if self.main else []), *([] if calibration.done else [calibration])),
             peft_config=peft_config(config),
             callbacks=[guard],
         )
@@ -255,35 +255,6 @@ class Run:
         if (self.checkpoints.latest() or 0) < self.config.steps:
             raise self.interrupted()
         self.evaluate(self.policy_of(trainer), tokenizer, self.config.steps, trainer)
-
-
-def _observers(*observers: Observer) -> Observer | None:
-    """All of them as one; None where there is none."""
-
-    def observe(batch: TokenBatch, verdict: Verdict, inputs: dict[str, Any], update: int) -> None:
-        for observer in observers:
-            observer(batch, verdict, inputs, update)
-
-    return observe if observers else None
-
-
-def reward_function(task: Task, examples: Sequence[Example]) -> Any:
-    """The task's score as a TRL reward function; ``index`` is the dataset's column."""
-
-    def reward(completions: list[Any], index: list[int], **_: Any) -> list[float]:
-        texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
-        return score_all(task, [(examples[i], text) for i, text in zip(index, texts, strict=True)])
-
-    return reward
-
-
-def peft_config(config: Config) -> Any:
-    """LoRA settings of the recipe, or None."""
-    if config.peft is None:
-        return None
-    from peft import LoraConfig
-
-    return LoraConfig(task_type="CAUSAL_LM", **config.peft.model_dump(exclude_none=True))
 
 
 def train(config: Config, resume: Path | None = None, console: Console | None = None) -> RunResult:

@@ -163,6 +163,7 @@ def trainer(rule: cppo.TrustRegion | None = None, reward: Any = length_reward, *
         "eval_dataset",
         "rollout_func",
         "max_on_policy_divergence",
+        "sampler",
     )
     own = {name: kwargs.pop(name) for name in names if name in kwargs}
     policy = kwargs.pop("model", None) or model()

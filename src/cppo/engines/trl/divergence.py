@@ -20,13 +20,14 @@ from torch import Tensor
 
 from cppo import divergence
 from cppo.engines.trl.head import Head, hidden_states, states_before
-from cppo.engines.trl.rollout import HIDDEN, IDS, LOGSUMEXP, PACKED, RolloutPass, Wanted, spread, unpack
+from cppo.engines.trl.rollout import HIDDEN, IDS, LOGSUMEXP, PACKED, Recorded, RolloutPass, Wanted, pack, spread, unpack
 from cppo.errors import UserError
 from cppo.scoring import exact_divergence
 from cppo.scoring.adaptive import ROUNDING, adaptive_for_rule
 from cppo.scoring.store import contains, topk_error_bound
 
 if TYPE_CHECKING:
+    from cppo.engines.trl.sampler import Sampled
     from cppo.engines.trl.settings import TopK
     from cppo.rules import TrustRegion
     from cppo.tokens import TokenBatch
@@ -44,7 +45,7 @@ class HeadDivergence:
     def __init__(self, kind: str, top_k: TopK, temperature: float, fp32: bool) -> None:
         self.kind, self.top_k, self.temperature, self.fp32 = kind, top_k, temperature, fp32
         self.collecting = self.compared = False
-        self.rollout: RolloutPass | None = None
+        self.rollout: RolloutPass | Recorded | None = None
         self.rollout_head: Head | None = None
         self.hidden: Tensor | None = None
         self.dtype = torch.float32
@@ -70,13 +71,24 @@ class HeadDivergence:
         if not self.collecting:
             return forward()
         self.collecting, self.rollout_head = False, None  # freed before the next copy is made
-        self.rollout = RolloutPass(model, self._wanted(model), self.temperature, self.fp32, tokens, mask)
-        with hidden_states(model, self.rollout.receive):
+        rollout = self.rollout = RolloutPass(model, self._wanted(model), self.temperature, self.fp32, tokens, mask)
+        with hidden_states(model, rollout.receive):
             result = forward()
         if not self.compared:
-            self.rollout.check(result[0])
+            rollout.check(result[0])
             self.compared = True
         return result
+
+    @property
+    def sampled_top_k(self) -> int:
+        """K that a sampler must record for this divergence; 0: it needs mu's hidden states, which only a pass has."""
+        return self.top_k.k if self.kind.startswith("topk_") else 0
+
+    def take(self, sampled: Sampled, length: int) -> None:
+        """mu's top K as the sampler has recorded them, instead of a pass. length : columns of TRL's batch."""
+        self.collecting, self.rollout_head = False, None
+        ids, logp = sampled.padded_top(length)
+        self.rollout = Recorded(pack(self.top_k.store, ids, logp))
 
     def attach(self, output: dict[str, Any]) -> int:
         """Add what is kept of mu to a rollout batch; returns its bytes. mu's lm_head stays here until the next batch.

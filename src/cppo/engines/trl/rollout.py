@@ -14,6 +14,7 @@ one product with the vocabulary, once.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -63,6 +64,23 @@ def spread(values: Tensor, index: Tensor, shape: torch.Size, fill: float = 0.0) 
     out = values.new_full((shape.numel(), *values.shape[1:]), fill)
     out[index] = values
     return out.unflatten(0, shape)
+
+
+@dataclass
+class Recorded:
+    """What a sampler has recorded of mu: entries of the rollout batch. head : none is kept."""
+
+    kept: dict[str, Any]
+    head: Head | None = None
+
+    def nbytes(self) -> int:
+        """Bytes of what is kept."""
+        return _nbytes(self.kept)
+
+
+def _nbytes(kept: dict[str, Any]) -> int:
+    entries = [entry for value in kept.values() for entry in (value if isinstance(value, list) else [value])]
+    return sum(entry.nbytes for entry in entries)
 
 
 class RolloutPass:
@@ -128,8 +146,7 @@ class RolloutPass:
 
     def nbytes(self) -> int:
         """Bytes of what is kept, without the lm_head."""
-        entries = [entry for value in self.kept.values() for entry in (value if isinstance(value, list) else [value])]
-        return sum(entry.nbytes for entry in entries)
+        return _nbytes(self.kept)
 
     def check(self, old_logp: Tensor) -> None:
         """Compare with the log-probabilities that TRL computed from the same hidden states (this synchronises the

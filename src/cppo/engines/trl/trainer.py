@@ -32,6 +32,7 @@ from cppo.engines.support import EngineChangedError, TrustRegionLoss
 from cppo.engines.trl.batch import ROW_SCALE, attach_rewards, drop_zero_spread
 from cppo.engines.trl.divergence import HeadDivergence
 from cppo.engines.trl.head import causal_lm, logit_changes
+from cppo.engines.trl.sampler import Sampled, sample
 from cppo.engines.trl.settings import TopK, generation_problems, needs_head, problems, trust_region_config
 from cppo.errors import UserError
 from cppo.rules import CPPO, TrustRegion, Verdict
@@ -88,6 +89,9 @@ class TrustRegionTrainer(GRPOTrainer):
     observer : called once a loss in training, without gradient: observer(batch, verdict, inputs, update).
     max_on_policy_divergence : the largest mean D_t of the first update, before any optimizer step, where pi = mu and
         D_t is the mismatch between sampler and trainer; beyond it the run stops. None: do not look.
+    sampler : "trl": its generation. "own" (`cppo.engines.trl.sampler`): with the model in memory, recording mu from the
+        logits that were sampled from, so that no pass computes old log-probabilities (exact divergences keep it). Not
+        with vLLM, tools, images or a sharded model.
 
     Raises
     ------
@@ -110,6 +114,7 @@ class TrustRegionTrainer(GRPOTrainer):
         zero_spread_filter: bool = True,
         observer: Observer | None = None,
         max_on_policy_divergence: float | None = TrustRegionLoss.max_on_policy_divergence,
+        sampler: str = "trl",
         **kwargs: Any,
     ) -> None:
         rule = CPPO() if rule is None else rule
@@ -120,6 +125,7 @@ class TrustRegionTrainer(GRPOTrainer):
         _check_seam()
         options = TopK(top_k, topk_variant, topk_anchor, topk_store)
         _refuse(problems(args, rule, options))
+        _refuse(_sampler_problems(sampler, args, kwargs))
         super().__init__(model, reward_funcs, args, **kwargs)
         if clash := [name for name in {*vars(self), *dir(GRPOTrainer)} if name.startswith("_trust_")]:
             raise _moved(f"it has attributes {clash} of its own")
@@ -133,6 +139,8 @@ class TrustRegionTrainer(GRPOTrainer):
             fp32 = args.cast_lm_head_to_fp32
             self._trust_divergence = HeadDivergence(str(rule.divergence), options, self.temperature, fp32)
         self._trust_loss: _LossPass | None = None
+        self._trust_sampler = sampler
+        self._trust_sampled: Sampled | None = None
         self._trust_warned = False
         self._trust_generated_at = 0
         self._trust_rewards: Tensor | None = None
@@ -236,10 +244,34 @@ class TrustRegionTrainer(GRPOTrainer):
             return method(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
 
         in_loss = self._trust_loss is not None
+        sampled, self._trust_sampled = (None, self._trust_sampled) if in_loss else (self._trust_sampled, None)
+        if sampled is not None:  # the pass that would compute what the sampler has recorded
+            if self._trust_divergence is not None:
+                self._trust_divergence.take(sampled, logits_to_keep)
+            return sampled.padded_logp(logits_to_keep), None, None
         if self._trust_divergence is None or not self.model.training or not (in_loss or model is self.model):
             return forward()
         tokens, mask = input_ids[:, -logits_to_keep:], attention_mask[:, -logits_to_keep:]
         return self._trust_divergence.listen(forward, self._trust_policy(), tokens, mask, in_loss)
+
+    def _generate_single_turn(self, prompt_ids: Any, images: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._trust_sampler == "trl" or not self.model.training:
+            return super()._generate_single_turn(prompt_ids, images, *args, **kwargs)
+        if images is not None:
+            raise UserError("sampler='own' samples texts alone, and these prompts hold images. Set sampler='trl'.")
+        divergence = self._trust_divergence
+        sampled = sample(
+            self.accelerator.unwrap_model(self.model),
+            prompt_ids,
+            max_new_tokens=self.max_completion_length,
+            temperature=self.temperature,
+            ends=self.eos_token_ids,
+            pad=self._tokenizer.pad_token_id,
+            top_k=0 if divergence is None else divergence.sampled_top_k,
+        )
+        if divergence is None or divergence.sampled_top_k:  # else mu's hidden states are needed, from a pass of TRL's
+            self._trust_sampled = sampled
+        return [tokens.tolist() for tokens in sampled.tokens], None
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
         self._trust_rewards = super()._calculate_rewards(*args, **kwargs)
@@ -293,6 +325,21 @@ def _refuse(found: list[str]) -> None:
             f"{head} would silently disable or alter the trust region (trust_region_config(...) has the right "
             f"ones):\n{body}"
         )
+
+
+def _sampler_problems(sampler: str, args: GRPOConfig, kwargs: dict[str, Any]) -> list[str]:
+    if sampler == "trl":
+        return []
+    if sampler != "own":
+        return [f"sampler={sampler!r}, expected 'trl' or 'own'."]
+    why = {
+        "use_vllm=True": args.use_vllm,
+        "rollout_func": kwargs.get("rollout_func") is not None,
+        "tools": bool(kwargs.get("tools")),
+        "FSDP": bool(args.fsdp),
+        "DeepSpeed": bool(args.deepspeed),
+    }
+    return [f"sampler='own' does not go with {name}. Set sampler='trl'." for name, given in why.items() if given]
 
 
 def _moved(what: str) -> EngineChangedError:

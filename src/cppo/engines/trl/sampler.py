@@ -36,6 +36,21 @@ class Sampled:
     top_ids: list[Tensor] | None
     top_logp: list[Tensor] | None
 
+    def padded_logp(self, length: int) -> Tensor:
+        """log mu, float32 ``[B, length]``, 0 beyond a response."""
+        return _filled(self.logp, length, 0.0)
+
+    def padded_top(self, length: int) -> tuple[Tensor, Tensor]:
+        """Top K ids int64 and log-probabilities float32, ``[B, length, K]``; beyond a response 0 and -inf.
+
+        Raises
+        ------
+        ValueError : no top K were recorded.
+        """
+        if self.top_ids is None or self.top_logp is None:
+            raise ValueError("no top K were recorded: sample with top_k.")
+        return _filled(self.top_ids, length, 0), _filled(self.top_logp, length, -torch.inf)
+
 
 @torch.no_grad()
 def sample(
@@ -105,6 +120,13 @@ def _sample(
         )
         logits = out.logits[:, -1]
     return book.read()
+
+
+def _filled(rows: Sequence[Tensor], length: int, value: float) -> Tensor:
+    out = rows[0].new_full((len(rows), length, *rows[0].shape[1:]), value)
+    for line, row in zip(out, rows, strict=True):
+        line[: len(row)] = row
+    return out
 
 
 def _padded(prompts: list[tuple[int, ...]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from cppo.training.sampler import Sampled, sample
+from cppo.engines.trl.sampler import Sampled, sample
 
 END = 3
 SIZES: dict[str, Any] = {

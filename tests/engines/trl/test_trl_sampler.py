@@ -1,0 +1,104 @@
+"""The trainer with a sampler of our own: mu is what was sampled from, and the loss that of the references."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from trl import GRPOTrainer
+
+from cppo.errors import UserError
+
+from .trl_setup import (
+    TOP_K,
+    drift,
+    gradients,
+    log_softmax,
+    make,
+    parameters,
+    reference_coefficients,
+    rollout_and_drift,
+    trainer,
+)
+
+
+@pytest.mark.parametrize(
+    "rule, kind", [("ppo_clip", None), ("cppo", "binary_tv"), ("cppo", "topk_tv"), ("dppo", "topk_kl")]
+)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_loss_and_gradients_are_the_references(rule: str, kind: str | None, temperature: float) -> None:
+    run = trainer(make(rule, kind), sampler="own", temperature=temperature)
+    inputs, mu = rollout_and_drift(run)
+    with torch.no_grad():
+        rollout = log_softmax(mu, inputs, temperature)
+    mask = inputs["completion_mask"].bool()
+    old = rollout.gather(-1, inputs["completion_ids"][..., None])[..., 0]
+    torch.testing.assert_close(inputs["old_per_token_logps"][mask], old[mask], rtol=0, atol=2e-5)
+    loss = run._compute_loss(run.model, inputs)
+    got = gradients(run.model, loss)
+    pi = log_softmax(run.model, inputs, temperature)
+    c = reference_coefficients(rule, parameters(rule, kind), kind, pi, rollout, inputs, "append")
+    logp = pi.gather(-1, inputs["completion_ids"][..., None])[..., 0]
+    kept = (inputs["completion_mask"] * inputs.get("tool_mask", 1)).bool()
+    surrogate = c.detach() * inputs["advantages"].double()[:, None] * torch.where(kept, logp.double(), 0.0)
+    wanted = gradients(run.model, -(surrogate.sum() / (mask.shape[0] * run.max_completion_length)))
+    largest = max(float(g.abs().max()) for g in wanted.values())
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(got[name], gradient, rtol=2e-3, atol=1e-5 * largest, msg=name)
+
+
+def passes(run: Any, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Forward passes for log-probabilities that TRL makes in a rollout."""
+    calls: list[int] = []
+    real = GRPOTrainer._get_per_token_logps_and_entropies
+
+    def counted(self: Any, *arguments: Any, **options: Any) -> Any:
+        calls.append(1)
+        return real(self, *arguments, **options)
+
+    monkeypatch.setattr(GRPOTrainer, "_get_per_token_logps_and_entropies", counted)
+    rollout_and_drift(run, scale=0.0)
+    return len(calls)
+
+
+@pytest.mark.parametrize("kind, expected", [("topk_tv", 0), ("binary_tv", 0), ("exact_tv", 1), ("adaptive_tv", 1)])
+def test_no_pass_recomputes_what_was_recorded(kind: str, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert passes(trainer(make("dppo", kind), sampler="own"), monkeypatch) == expected
+
+
+def test_a_whole_run_learns_as_usual_and_starts_on_policy() -> None:
+    run = trainer(make("cppo", "topk_tv"), sampler="own", max_on_policy_divergence=1e-4, logging_steps=1)
+    run.train()
+    first = [
+        row["trust/first_update_divergence"] for row in run.state.log_history if "trust/first_update_divergence" in row
+    ]
+    assert len(first) == 2 and all(value < 1e-5 for value in first)  # rounding: two ways to compute the same logits
+    assert run.state.global_step == 4
+
+
+def test_the_weights_that_sample_are_the_newest() -> None:
+    """A second rollout is of the drifted policy and not of a copy made before."""
+    run = trainer(make("cppo", "topk_tv"), sampler="own")
+    rollout_and_drift(run, scale=0.5)
+    drift(run.model, 0.5, seed=9)
+    run._buffered_inputs = None
+    run._step = run.args.steps_per_generation
+    inputs = run._prepare_inputs(next(iter(run.get_train_dataloader())))
+    with torch.no_grad():
+        logp = log_softmax(run.model, inputs).gather(-1, inputs["completion_ids"][..., None])[..., 0]
+    mask = inputs["completion_mask"].bool()
+    torch.testing.assert_close(inputs["old_per_token_logps"][mask], logp[mask], rtol=0, atol=2e-5)
+    assert inputs["trust_topk_ids"].shape[-1] == TOP_K
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"sampler": "mine"}, "expected 'trl' or 'own'"),
+        ({"rollout_func": lambda *_: {}, "sampler": "own"}, "rollout_func"),
+    ],
+)
+def test_what_it_cannot_do_is_a_sentence(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        trainer(make("cppo", "topk_tv"), **settings)
