@@ -94,7 +94,7 @@ def loop_over_responses(rule: cppo.CPPO, data: tuple[Tensor, Tensor, Tensor, Ten
 
 
 def token_by_token(rule: cppo.CPPO, data: tuple[Tensor, Tensor, Tensor, Tensor], rows: int) -> list[list[float]]:
-    """Algorithm 1 as printed: the recursions of S and W in Python. Its figure is seconds a token times all tokens."""
+    """Algorithm 1 as printed: the recursions of S and W in Python. Its figure is seconds per token times all tokens."""
     policy, rollout, advantages, mask = data
     losses = []
     for i in range(rows):

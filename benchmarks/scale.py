@@ -235,7 +235,7 @@ def topk_records() -> dict[str, float]:
 
 
 def report(result: dict[str, Any]) -> None:
-    print(f"verdict + loss, one thread, rows of {COLUMNS}; ns and bytes a token above the inputs")
+    print(f"verdict + loss, one thread, rows of {COLUMNS}; ns and bytes per token above the inputs")
     for name, series in result.get("rules", {}).items():
         cells = "  ".join(
             f"{p['tokens']:.0e}: {p['ns_per_token']:5.1f} ns {p['bytes_per_token']:5.1f} B" for p in series["points"]
@@ -251,7 +251,7 @@ def report(result: dict[str, Any]) -> None:
                 f"  {size} ranks, {name:26s} {case['tokens_judged_differently']:3.0f} {case['collectives_a_call']:3d} "
                 f"{case['bytes_received_a_row']:9.0f} ({agrees}) {case['seconds']:.3f}"
             )
-    print(f"vocabulary parallel, V = {VOCABULARY}, {TOP_K} + 1 ids: collectives, bytes a token, error, ms a token")
+    print(f"vocabulary parallel, V = {VOCABULARY}, {TOP_K} + 1 ids: collectives, bytes per token, error, ms a token")
     for size, case in result.get("vocabulary", {}).items():
         print(
             f"  {size} ranks {case['collectives_a_call']} {case['bytes_contributed_a_token']:.0f} "

@@ -13,9 +13,8 @@ Kind = Literal["zscore", "zscore_population", "centred"]
 def _groups(rewards: Tensor, group_size: int) -> Tensor:
     if rewards.dim() != 1 or group_size < 1 or rewards.shape[0] % group_size:
         raise ValueError(
-            f"rewards has shape {list(rewards.shape)} and group_size is {group_size}: expected a flat tensor [P "
-            f"* n], the n "
-            "responses of a prompt next to each other."
+            f"rewards has shape {list(rewards.shape)} and group_size is {group_size}: expected a flat tensor [P * n], "
+            "the n responses of a prompt next to each other."
         )
     return rewards.detach().to(torch.float64 if rewards.dtype == torch.float64 else torch.float32).view(-1, group_size)
 

@@ -94,7 +94,7 @@ def _classes(
 
 
 def _rest(p: Tensor) -> Tensor:
-    # Rounding can push the sum above 1 by an ulp or two: a negative rest is no mass.
+    # Rounding can push the sum above 1 by an ulp or two: a negative rest is not mass.
     return (1.0 - p.sum(-1)).clamp(min=0.0)
 
 

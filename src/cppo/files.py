@@ -6,7 +6,7 @@ A run folder is read again after whatever ended the run, so nothing in it may ev
   the old one; whoever reads sees the old content or the new, nothing between;
 * folders (`atomic_folder`, for checkpoints) likewise, with `recover_folder` for a kill between the two renames that
   replacing a folder takes;
-* growing files (`append_jsonl`) hold one JSON object a line. A line counts once its newline is on the disk: a torn
+* growing files (`append_jsonl`) hold one JSON object per line. A line counts once its newline is on the disk: a torn
   last line is dropped on reading and cut off by the next append.
 
 A full disk becomes a `DiskFullError`: a sentence that names the path and says that what was there before is intact.
@@ -174,7 +174,7 @@ def atomic_write_json(path: str | os.PathLike[str], value: Any) -> Path:
 
 
 def append_jsonl(path: str | os.PathLike[str], *rows: Mapping[str, Any]) -> None:
-    """Append `rows`, one JSON object a line, and wait until they are on the disk.
+    """Append `rows`, one JSON object per line, and wait until they are on the disk.
 
     A torn last line (a kill in an earlier append) is cut off first. When the disk is full the file is cut back to what
     it held before, so that its lines stay whole.  Raises: DiskFullError, TypeError (a value that is not JSON).

@@ -160,8 +160,7 @@ def _check_shapes(batch: TokenBatch) -> None:
             )
         if batch.shard is not None and shape[1] % len(batch.shard.chunks):
             raise ValueError(
-                f"policy_logp has {shape[1]} columns, which do not split into {len(batch.shard.chunks)} "
-                f"equal chunks "
+                f"policy_logp has {shape[1]} columns, which do not split into {len(batch.shard.chunks)} equal chunks "
                 "(shard.chunks). Pad the sequence axis to a multiple before it is sharded."
             )
 
@@ -170,9 +169,8 @@ def _check_packed(batch: TokenBatch) -> None:
     assert batch.cu_seqlens is not None
     if batch.shard is not None:
         raise ValueError(
-            "shard is given together with cu_seqlens: context-parallel shards are supported for padded "
-            "rows [B, T_local]. "
-            "Gather packed shards along the sequence first."
+            "shard is given together with cu_seqlens: context-parallel shards are supported for padded rows [B, "
+            "T_local]. Gather packed shards along the sequence first."
         )
     if batch.cu_seqlens.is_floating_point() or batch.cu_seqlens.dtype == torch.bool or batch.cu_seqlens.dim() != 1:
         raise ValueError(
@@ -187,7 +185,7 @@ def _check_packed(batch: TokenBatch) -> None:
     tokens = batch.policy_logp.shape[0]
     if batch.advantages.shape not in ((sequences,), (tokens,)):
         raise ValueError(
-            f"advantages has shape {list(batch.advantages.shape)}, expected [{sequences}] (one a sequence) "
+            f"advantages has shape {list(batch.advantages.shape)}, expected [{sequences}] (one per sequence) "
             f"or [{tokens}]."
         )
 
@@ -216,8 +214,7 @@ def _check_values(batch: TokenBatch) -> None:
             )
         if positive:
             raise ValueError(
-                f"{name} is positive at {positive} of {value.numel()} loss tokens (maximum "
-                f"{value.max().item():.4g}): "
+                f"{name} is positive at {positive} of {value.numel()} loss tokens (maximum {value.max().item():.4g}): "
                 "expected log-probabilities, got probabilities, logits or their negative?"
             )
     if bool((batch.rollout_logp.detach()[inside] == -torch.inf).any()):

@@ -70,7 +70,7 @@ class Sample:
 
     @property
     def advantage(self) -> float:
-        """A, one a response."""
+        """A, one per response."""
         return float(self.response.advantage[0])
 
 

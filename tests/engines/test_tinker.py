@@ -341,7 +341,7 @@ def test_another_sdk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_first_update_is_looked_at_once() -> None:
-    """One object a run: its first batch must be on-policy, later ones need not."""
+    """One object per run: its first batch must be on-policy, later ones need not."""
     samples = standard(["dppo"])
     engine, loss = Tinker(), PolicyLoss(make("dppo"))
     client_data = [engine.datum(s, i, "[L]") for i, s in enumerate(samples)]
@@ -386,7 +386,7 @@ def test_a_loop_with_a_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def train(address: str, model: str, steps: int) -> list[dict[str, Any]]:
-    """CPPO with two updates a batch; one line of figures a step."""
+    """CPPO with two updates per batch; one line of figures per step."""
     from .tinker_server import CHARACTERS
 
     service = tinker.ServiceClient(base_url=address, api_key="tml-none")

@@ -254,7 +254,7 @@ def test_merge():
     notes = merge(settings, [read("a=1"), read("~b"), read("++c=3")])
     assert list(map(str, settings.values())) == ["a=1", "++c=3"] and notes == []
     for text in ("novalue", "=3", "+=3", " =1"):
-        with pytest.raises(UserError, match="no setting of verl"):
+        with pytest.raises(UserError, match="not a setting of verl"):
             read(text)
     assert read("~a.b") == Setting("a.b", None, "~") and read("~a=1") == Setting("a", "1", "~")
 

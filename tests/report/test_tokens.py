@@ -102,7 +102,7 @@ def test_the_page_can_tell_every_coefficient(dump, name):
 def test_a_response_is_text_and_numbers(study):
     found = token_data(open_source(study), 3_000_000)
     assert found.runs == ["dppo-seed0", "cppo-seed0", "dppo-seed1", "cppo-seed1"]
-    assert len(found.responses) == 4 * 2 * 3, "runs, sampled steps, responses a step"
+    assert len(found.responses) == 4 * 2 * 3, "runs, sampled steps, responses per step"
     for response in found.responses:
         T = len(response["tokens"])
         assert T == response["length"] == len(response["log"]) == len(response["mu"])

@@ -22,7 +22,7 @@ from cppo.training.recorder import RunRecorder
 def seen(
     rows: int = 12, seed: int = 0, holes: bool = True, **kwargs: Any
 ) -> tuple[cppo.TokenBatch, dict[str, torch.Tensor]]:
-    """A minibatch with rewards, three responses a prompt."""
+    """A minibatch with rewards, three responses per prompt."""
     batch, inputs = synthetic.minibatch(rows=rows, seed=seed, **kwargs)
     mask = batch.loss_mask.clone()
     if holes:

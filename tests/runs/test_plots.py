@@ -171,7 +171,7 @@ def test_updates_without_a_token_are_no_update_in_which_nothing_was_held_back(tm
 
 def test_summary_of_an_adaptive_divergence(tmp_path: Path) -> None:
     synthetic.write_run(tmp_path, steps=1, updates=2)
-    said = ("whose exact divergence was needed", "bytes a token that the divergence keeps")
+    said = ("whose exact divergence was needed", "bytes per token that the divergence keeps")
     assert not any(part in write_summary(tmp_path) for part in said)
     for share in (0.1, 0.2):
         row = {"step": 2, "update": 3, "kind": "train", "trust/masked_fraction": 0.0, "trust/kept_fraction": 1.0}

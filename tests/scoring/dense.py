@@ -20,7 +20,7 @@ class Head:
     candidates: int = 5
     scale: float = 3.0
     dtype: torch.dtype = torch.float32
-    temperature: float | str = 1.0  # "each": one a token
+    temperature: float | str = 1.0  # "each": one per token
     bias: str | None = None  # "finite", or "masked": a third of the vocabulary at -inf
     softcap: float | None = None
     logit_scale: float = 1.0

@@ -107,7 +107,10 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     "an array of tables": (lambda: problem(policy=NEXT), "policy: expected a tuple of tables.*got ndarray"),
     "a level too wide": (lambda: problem(rollout=(HALF, np.full((3, 2), 0.5))), r"position 2 has the shape \[3, 2\]"),
     "no level": (lambda: problem(rollout=(np.ones(2),)), r"position 1 has the shape \[2\]"),
-    "no distribution": (lambda: problem(policy=(HALF, NEXT * 0.9)), "policy: a row of position 2 is no distribution"),
+    "no distribution": (
+        lambda: problem(policy=(HALF, NEXT * 0.9)),
+        "policy: a row of position 2 is not a distribution",
+    ),
     "negative probability": (lambda: problem(rollout=(np.array([[1.5, -0.5]]), NEXT)), "rollout: a row of position 1"),
     "NaN probability": (lambda: problem(rollout=(HALF * NAN, NEXT)), "rollout: a row of position 1"),
     "two horizons": (lambda: problem(policy=(HALF,)), "differ in vocabulary or horizon"),

@@ -85,8 +85,7 @@ def _task(config: Settings) -> Iterator[str]:
     if config.model == "tiny" and longest > config.rollout.max_new_tokens:
         yield (
             f"rollout.max_new_tokens is {config.rollout.max_new_tokens}, but right answers of this task have up to "
-            f"{longest} "
-            f"tokens and could never be given. Set rollout.max_new_tokens={longest} or more."
+            f"{longest} tokens and could never be given. Set rollout.max_new_tokens={longest} or more."
         )
 
 
@@ -104,8 +103,7 @@ def _batches(config: Settings) -> Iterator[str]:
     elif config.micro_batch is not None and (responses // updates) % config.micro_batch:
         yield (
             f"micro_batch is {config.micro_batch}, but an update has {responses // updates} responses ({shown}, "
-            "updates = "
-            f"{updates}). Set micro_batch to a divisor of {responses // updates}."
+            f"updates = {updates}). Set micro_batch to a divisor of {responses // updates}."
         )
 
 
@@ -159,8 +157,7 @@ def _trust_region(config: Settings) -> Iterator[str]:
     if config.updates == 1 and not config.rollout.vllm and config.rule.name != "none":
         yield (
             "updates is 1: each rollout batch gets one update, on the weights that sampled it, so the rule "
-            f"{config.rule.name!r} "
-            "can never act. Set updates=2 or more, or rule=none if this is meant."
+            f"{config.rule.name!r} can never act. Set updates=2 or more, or rule=none if this is meant."
         )
 
 
@@ -186,8 +183,7 @@ def _optimizer(config: Settings) -> Iterator[str]:
     if config.optimizer.lr_scheduler == "constant" and config.optimizer.warmup_steps:
         yield (
             f"optimizer.warmup_steps is {config.optimizer.warmup_steps}, which optimizer.lr_scheduler=constant "
-            "ignores. "
-            "Set optimizer.lr_scheduler=constant_with_warmup."
+            "ignores. Set optimizer.lr_scheduler=constant_with_warmup."
         )
 
 
@@ -198,6 +194,6 @@ def _trl(config: Settings) -> Iterator[str]:
         elif key in SAMPLING and value not in SAMPLING[key]:
             yield (
                 f"trl.{key} is {value!r}: training rollouts are sampled from the full softmax, since truncated "
-                "sampling breaks "
-                f"every ratio and divergence. Remove trl.{key} (the evaluation's own top-p is evaluation.top_p)."
+                f"sampling breaks every ratio and divergence. Remove trl.{key} (the evaluation's own top-p is "
+                "evaluation.top_p)."
             )

@@ -156,7 +156,7 @@ def _override(raw: dict[str, Any], overrides: Sequence[str]) -> list[str]:
         key = {"rule.name": "rule", "task.name": "task"}.get(key.strip(), key.strip())
         if not equals or not key or not all(key.split(".")):
             found.append(
-                f"{text!r} is no setting: expected key=value, such as steps=4.{_did_you_mean(similar_keys(text))}"
+                f"{text!r} is not a setting: expected key=value, such as steps=4.{_did_you_mean(similar_keys(text))}"
             )
         elif not value.strip():
             found.append(f"{key} has no value: write {key}=null if none is meant.")
@@ -274,8 +274,7 @@ def _unknown(key: str) -> str:
     if section == "rollout" and last in ("top_p", "top_k", "min_p"):
         return (
             f"there is no setting {key}: training rollouts are sampled from the full softmax, since truncated "
-            "sampling breaks "
-            "every ratio and divergence (the evaluation's own top-p is evaluation.top_p)."
+            "sampling breaks every ratio and divergence (the evaluation's own top-p is evaluation.top_p)."
         )
     return f"there is no setting {key!r}.{_did_you_mean(similar_keys(key)) or ' docs/configuration.md lists all.'}"
 

@@ -52,9 +52,9 @@ class Tiny(Section):
     layers: Count = 3
     """Transformer layers."""
     heads: Count = 4
-    """Attention heads a layer."""
+    """Attention heads per layer."""
     intermediate_size: Count | None = None
-    """Width of the feed-forward part (of an expert), in units; null: 4 * hidden_size over the experts a token takes."""
+    """Width of the feed-forward part (of an expert), in units; null: 4 * hidden_size / the experts a token takes."""
     experts: Count | None = None
     """Experts a layer, as in the Qwen3 mixture-of-experts models; null: dense."""
     experts_per_token: Count = 2
@@ -88,8 +88,7 @@ class TaskSettings(Section):
             if importlib.util.find_spec(module) is None:
                 raise ValueError(
                     f"task.name is {name!r}, but there is no module {module!r}: expected {forms}. A module of your "
-                    "own must "
-                    f"be importable from here (PYTHONPATH).{nearest(module, ['reasoning_gym'])}"
+                    f"own must be importable from here (PYTHONPATH).{nearest(module, ['reasoning_gym'])}"
                 )
             return name
         raise ValueError(
@@ -299,7 +298,7 @@ class Settings(Section):
     """Whose distribution D is measured from: the sampler's own, or what the trainer recomputes from the same weights
     (needed with vLLM)."""
     topk_store: Literal["float32", "compact", "ragged"] = "float32"
-    """How the top K are kept between rollout and updates, in bytes a token: `float32` 8 K; `compact` 5 K, D off by at
+    """How the top K are kept between rollout and updates, in bytes per token: `float32` 8 K; `compact` 5 K, D off by at
     most 0.0015 (K = 20); `ragged` 1 + 5 for each of those that cover 99.9%, D off by up to 0.001 more."""
     max_on_policy_divergence: NonNegative | None = 0.03
     """Largest mean D_t of the first update, before any optimizer step, where the trained policy is the one that

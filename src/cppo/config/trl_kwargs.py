@@ -22,7 +22,7 @@ def trl_config_kwargs(
     P prompts x n responses are used for M updates on R processes, in micro-batches of b responses. TRL counts in
     micro-batches: ``per_device_train_batch_size = b``, ``gradient_accumulation_steps g = P n / (M R b)`` and
     ``steps_per_generation = M g``, so that one generation batch, b M g R = P n responses, is used up by exactly M
-    updates. TRL computes the rollout policy's log-probabilities where g is no multiple of M g, that is for every M > 1.
+    updates. TRL computes the rollout policy's log-probabilities where g is not a multiple of M g: for every M > 1.
 
     Parameters
     ----------
@@ -44,8 +44,7 @@ def trl_config_kwargs(
         processes = "1 process" if num_processes == 1 else f"{num_processes} processes"
         raise UserError(
             f"An update has {minibatch} responses (rollout.prompts * rollout.responses / updates), which {processes} "
-            "cannot "
-            f"share in micro-batches of {micro}. Set micro_batch, updates or the number of processes so that "
+            f"cannot share in micro-batches of {micro}. Set micro_batch, updates or the number of processes so that "
             "micro_batch * processes divides it."
         )
     accumulate = minibatch // (micro * num_processes)
@@ -91,10 +90,9 @@ def trl_config_kwargs(
         if rollout.vllm_mode == "colocate":
             if num_processes % rollout.vllm_tensor_parallel_size:
                 raise UserError(
-                    f"rollout.vllm_tensor_parallel_size is {rollout.vllm_tensor_parallel_size}, which does not "
-                    "divide the "
-                    f"number of processes, {num_processes}. Start it with `accelerate launch --num_processes N` and a "
-                    "multiple, or set rollout.vllm_tensor_parallel_size=1."
+                    f"rollout.vllm_tensor_parallel_size is {rollout.vllm_tensor_parallel_size}, which does not divide "
+                    f"the number of processes, {num_processes}. Start it with `accelerate launch --num_processes N` "
+                    "and a multiple, or set rollout.vllm_tensor_parallel_size=1."
                 )
             kwargs["vllm_gpu_memory_utilization"] = rollout.vllm_gpu_memory_utilization
             kwargs["vllm_tensor_parallel_size"] = rollout.vllm_tensor_parallel_size

@@ -80,7 +80,7 @@ def _jsonl(path: Path, note: Callable[[str], None]) -> Iterator[tuple[int, Row]]
                 if not stream.read(4096).strip():  # the last one: whoever wrote it was stopped
                     note(f"the last line of {path} (line {number}) is cut off and was left out.")
                     return
-                raise mistake(path, number, None, f"not a JSON object ({error}); expected one a line.") from error
+                raise mistake(path, number, None, f"not a JSON object ({error}); expected one per line.") from error
             yield number, {name: _from_json(path, number, name, value) for name, value in row.items()}
 
 
@@ -153,7 +153,7 @@ def _parquet(path: Path) -> Iterator[tuple[int, Row]]:
 
 
 def _columns(path: Path, start: int, name: str, column: Any) -> list[Any]:
-    """One entry a row: arrays, lists of texts, or what the cell holds."""
+    """One entry per row: arrays, lists of texts, or what the cell holds."""
     import pyarrow as pa
 
     kind = column.type

@@ -221,7 +221,7 @@ def loss_from_settings(settings: Any, engine: str, where: str) -> TrustRegionLos
 
     Raises
     ------
-    UserError : no mapping or no name in it, an unknown name or parameter, or a divergence that needs more than the
+    UserError : not a mapping or without a name, an unknown name or parameter, or a divergence that needs more than the
         sampled token.
     """
     example = '{"name": "cppo", "delta": 0.15}'

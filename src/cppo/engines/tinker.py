@@ -73,7 +73,7 @@ def make_datum(
 
 
 class PolicyLoss:
-    """A rule as a custom loss; one object a run. `max_on_policy_divergence`: see `TrustRegionLoss`."""
+    """A rule as a custom loss; one object per run. `max_on_policy_divergence`: see `TrustRegionLoss`."""
 
     def __init__(self, rule: TrustRegion, max_on_policy_divergence: float | None = 0.03) -> None:
         check_version("tinker", "0.22.0")

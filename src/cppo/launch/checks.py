@@ -95,11 +95,11 @@ def problems(config: Any, origins: Mapping[str, str]) -> list[str]:
 
 
 def _batches(view: View) -> Iterator[str]:
-    """Can the GPUs share an update, and the updates a rollout batch?"""
+    """Can the GPUs share an update, and the updates per rollout batch?"""
     prompts, each = view["data.train_batch_size"], view[f"{_ACTOR}.ppo_mini_batch_size"]
     if each > prompts:
         yield (
-            f"{view.shown(f'{_ACTOR}.ppo_mini_batch_size')} prompts an update, but a rollout batch has "
+            f"{view.shown(f'{_ACTOR}.ppo_mini_batch_size')} prompts per update, but a rollout batch has "
             f"{view.shown('data.train_batch_size')}. Set the former to {prompts} or less."
         )
     elif prompts % each:
@@ -226,7 +226,7 @@ def _data(view: View) -> Iterator[str]:
                 rows += yield from _parquet(key, path)
         if key == "data.train_files" and 0 < rows < view["data.train_batch_size"]:
             yield (
-                f"{view.shown('data.train_batch_size')} prompts a rollout batch, but {key} has only {rows}. Set "
+                f"{view.shown('data.train_batch_size')} prompts per rollout batch, but {key} has only {rows}. Set "
                 f"{view.name('data.train_batch_size')} to {rows} or less."
             )
 

@@ -99,7 +99,7 @@ def read(text: str) -> Setting:
     prefix = next((p for p in _PREFIXES if text.startswith(p)), "")
     key, equals, value = text[len(prefix) :].partition("=")
     if not key.strip(" .") or (not equals and prefix != "~"):
-        raise UserError(f"{text!r} is no setting of verl: expected key=value, such as trainer.save_freq=10.")
+        raise UserError(f"{text!r} is not a setting of verl: expected key=value, such as trainer.save_freq=10.")
     return Setting(key.strip(), value if equals else None, prefix)
 
 

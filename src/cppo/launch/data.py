@@ -1,6 +1,6 @@
 """`cppo launch verl --prepare-data`: the task `math` as the Parquet files that verl reads.
 
-One file for training (``train.parquet``) and one a benchmark (``AIME24.parquet`` ...), each problem once, training
+One file for training (``train.parquet``) and one per benchmark (``AIME24.parquet`` ...), each problem once, training
 problems that are validation problems removed, instructions added as `cppo train` does. A row, in verl's schema::
 
     data_source    the benchmark's name, under which verl reports its score; "math" for training

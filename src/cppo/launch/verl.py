@@ -69,7 +69,7 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[Setting]]:
             continue
         key = text.partition("=")[0]
         if "=" not in text:
-            found.append(f"{text!r} is no setting: expected key=value. A recipe is given as --recipe {text}.")
+            found.append(f"{text!r} is not a setting: expected key=value. A recipe is given as --recipe {text}.")
         for prefix, why in WITHOUT_MEANING.items():
             if key == prefix or key.startswith(prefix + "."):
                 found.append(f"{key} means nothing to `cppo launch verl`: {why}.")

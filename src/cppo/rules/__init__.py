@@ -1,4 +1,4 @@
-"""Trust regions: one file a family, one frozen dataclass a rule."""
+"""Trust regions: one file per family, one frozen dataclass per rule."""
 
 from cppo.rules.base import RULES, Reason, TrustRegion, Verdict, make_rule, register
 from cppo.rules.clip import CISPO, MinPRO, NoTrustRegion, PPOClip

@@ -183,8 +183,8 @@ class TrustRegion(ABC):
         where = "cppo.scoring.adaptive_for_rule" if self.divergence == "adaptive_tv" else "cppo.divergence"
         raise ValueError(
             f"{self.name} needs divergence={self.divergence!r}, but the batch carries none. Give "
-            f"TokenBatch(divergence=...) "
-            f"(see {where}), or ask for the sampled token's own with divergence='binary_tv' or 'binary_kl'."
+            f"TokenBatch(divergence=...) (see {where}), or ask for the sampled token's own with "
+            "divergence='binary_tv' or 'binary_kl'."
         )
 
     def capped_ratio(self, log_ratio: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:

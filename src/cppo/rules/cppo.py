@@ -227,7 +227,9 @@ def _check(rule: CPPO) -> None:
     )
     require(rule.w_min <= 1, f"cppo: w_min is {rule.w_min!r}, expected in (0, 1] (the weight of the last token).")
     ok = isinstance(rule.delta_b, int | float) and math.isfinite(rule.delta_b) and rule.delta_b >= 0
-    require(ok, f"cppo: delta_b is {rule.delta_b!r}, expected a number of at least 0 (budget a token, in units of D).")
+    require(
+        ok, f"cppo: delta_b is {rule.delta_b!r}, expected a number of at least 0 (budget per token, in units of D)."
+    )
     require(rule.budget_max >= 1, f"cppo: budget_max is {rule.budget_max!r}, expected at least 1 (times delta_b).")
     ok = isinstance(rule.quantile, int | float) and 0 <= rule.quantile <= 1
     require(ok, f"cppo: quantile is {rule.quantile!r}, expected in [0, 1].")

@@ -255,7 +255,7 @@ def certificate(certificates: Sequence[Row]) -> Chart | None:
         return None
     caption = "After every rollout batch; bands are 95% intervals by bootstrap over prompts."
     if not certificates[-1].get("certified") and len(lines) > 2:
-        caption += " D_t is a lower bound of the exact divergence here, so the bounds from it are no certificates."
+        caption += " D_t is a lower bound of the exact divergence here, so the bounds from it are not certificates."
     return Chart(
         "certificate",
         "How far the surrogate can be trusted",

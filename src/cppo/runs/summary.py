@@ -207,7 +207,7 @@ def _trust(rows: Sequence[Row]) -> str:
         )
     stored = mean("trust/divergence_bytes_per_token")
     if stored is not None:
-        lines.append(("bytes a token that the divergence keeps of the rollout policy", number(stored)))
+        lines.append(("bytes per token that the divergence keeps of the rollout policy", number(stored)))
     gain, bound = mean("trust/surrogate_gain", of=train), mean("trust/residual_bound", of=train)
     if gain is not None:
         lines.append(
@@ -274,7 +274,7 @@ def _where(run: RunFolder, rows: Sequence[Row]) -> str:
         ("best/", "the model with the best validation score"),
         ("checkpoints/", "models to load and to resume from"),
         ("samples/", "sampled responses with the reason of each token"),
-        (run.metrics_file.name, "every update and evaluation, one JSON object a line"),
+        (run.metrics_file.name, "every update and evaluation, one JSON object per line"),
         (run.positions_file.name, "divergence by position in the response"),
         (run.calibration_file.name, "thresholds that set themselves, and on what they were found"),
         (run.certificates_file.name, "how large the surrogate's error can be: `cppo bound --run` shows it"),

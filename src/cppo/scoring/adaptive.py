@@ -102,7 +102,7 @@ def adaptive_for_rule(
         ``[M]``; called only where M > 0, and never twice for a token. Values are clamped to the interval, so that a
         decision that rests on the interval cannot be overturned by rounding.
     slack : by how much the exact TV may lie outside of [lower, upper] because of how these were computed, a number or
-        one a token. None: float32 rounding, `ROUNDING`, but at most a hundredth of the interval: 1e-6 for each token of
+        one per token. None: float32 rounding, `ROUNDING`, but at most a hundredth of the interval: 1e-6 per token of
         a long prefix would add up to more than the rounding of its sum, and an interval as narrow as that says as much
         as the exact evaluation, which rounds alike. Give a bound where mu's log-probabilities were kept in fewer bits.
 

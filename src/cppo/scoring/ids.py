@@ -110,7 +110,7 @@ def _check_arguments(logits: Tensor, ids: Tensor, temperature: float | Tensor) -
         if temperature.shape != logits.shape[:-1]:
             raise ValueError(
                 f"temperature has shape {list(temperature.shape)}, expected a number or {list(logits.shape[:-1])} "
-                "(one a token)."
+                "(one per token)."
             )
     elif not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(f"temperature is {temperature!r}, expected a number above 0.")
@@ -136,7 +136,7 @@ def score_ids(
     logits : ``[..., V_local]``, any float dtype; not changed. Arithmetic is float32 (float64 for float64).
     ids : global ids, ``[..., K]`` integers in [0, V), the same on every rank; any K, repetitions allowed (mu's top K
         and the sampled token, say).
-    temperature : T > 0, a number or one a token ``[...]`` (whose values are not checked).
+    temperature : T > 0, a number or one per token ``[...]`` (whose values are not checked).
     shard : which columns these are. None: all of them are here, whatever process groups exist.
     vocab_size : without `shard`: V, where further columns are padding. With `shard` it is the shard's.
     check : whether ids outside [0, V) raise. That needs to look at the values, which synchronises an accelerator; so

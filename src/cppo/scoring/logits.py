@@ -32,7 +32,7 @@ class LogitMap:
 
     Parameters
     ----------
-    temperature : T > 0, a number or one a row ``[N]``.
+    temperature : T > 0, a number or one per row ``[N]``.
     bias : b, ``[V_local]``; -inf takes a token out of the vocabulary. softcap : c > 0. logit_scale : s.
     dtype : of the product h W^T, as `score_tokens(logits_dtype=...)`; everything after it is in `arithmetic`.
     """

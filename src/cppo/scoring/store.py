@@ -15,7 +15,7 @@ log-probability there must be set to -inf as well before a divergence is taken, 
 **Errors of the total variation.** With l = log mu(k) in float32, l' what comes back, m = e^l, m' = e^l' and p = pi(k):
 
 * Rounding: |l' - l| <= d = 2^-11 |l| + 2^-25 with either of l, l' in d, so |m' - m| <= e_k = m (e^d - 1); below
-  -65504 there is no mass before or after. TV_K changes by at most e_k / 2 in class k, and "other" takes up the sum of
+  -65504 there is not mass before or after. TV_K changes by at most e_k / 2 in class k, and "other" takes up the sum of
   these changes: by at most sum_k e_k, about 2^-11 sum_k m |l| (`topk_error_bound`). So does its upper end, half of
   (sum_k |p - m| + both rests). The sampled token's own class, where it is outside, is stored elsewhere: no error.
 * Cutting: fewer classes are a coarser partition. With A (A') the sum of the positive parts of m - p (p - m) over the
@@ -207,7 +207,7 @@ def topk_error_bound(logp: Tensor) -> Tensor:
 class RaggedTopK:
     """A token's fewest likeliest entries that cover 1 - epsilon of mu, at most K; none where all slots are unused.
 
-    1 byte a token and 5 bytes an entry. Where K entries cover less than 1 - epsilon, all K are kept. For batches that
+    1 byte per token and 5 bytes an entry. Where K entries cover less than 1 - epsilon, all K are kept. For batches that
     hold tensors and lists only: a list of rows by `split(1)`, joined by `cat` after shuffling.
 
     Attributes
@@ -239,7 +239,7 @@ class RaggedTopK:
         ----------
         ids, logp, check : as for `pack_topk`, in any order; sorted here, likeliest first.
         epsilon : mass of mu that may be cut, in [0, 1), as measured in float32; 0 cuts nothing.
-        k : most entries a token, 1 to 255; None: all that are given.
+        k : most entries per token, 1 to 255; None: all that are given.
 
         Raises
         ------

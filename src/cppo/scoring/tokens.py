@@ -89,7 +89,7 @@ def score_tokens(
     lm_head : its weight W, ``[V, d]``, of the same dtype; with `shard` this rank's rows of it.
     token_ids : the sampled tokens y, integers ``[...]``. candidate_ids : K further ids a token, integers ``[..., K]``,
         repetitions allowed (mu's top K, say).
-    temperature : T > 0, a number or one a token ``[...]`` (whose values are not checked).
+    temperature : T > 0, a number or one per token ``[...]`` (whose values are not checked).
     bias, softcap, logit_scale : see `cppo.scoring.logits`; the bias ``[V]`` may want a gradient, too.
     want_top_k : how many of pi's own likeliest tokens to return. entropy : whether to return the entropy.
     logits_dtype : of the product h W^T. None: float32 (float64 for float64 inputs). bfloat16 and float16 are rounded to
@@ -233,7 +233,7 @@ def logit_map(
         if temperature.shape != hidden.shape[:-1] or temperature.device != hidden.device:
             raise ValueError(
                 f"temperature has shape {list(temperature.shape)} on {temperature.device}, expected a number or "
-                f"{list(hidden.shape[:-1])} on {hidden.device} (one a token)."
+                f"{list(hidden.shape[:-1])} on {hidden.device} (one per token)."
             )
         temperature = temperature.reshape(-1)
     else:

@@ -1,7 +1,7 @@
 """Scoring by tiles in plain torch: any device; the reference of the other backends.
 
 The outer loop runs over the vocabulary, so that every part of W is read and converted once; the inner over rows. What
-survives a tile is a few numbers a row. Memory beyond inputs and results: two or three tiles, and the float32
+survives a tile is a few numbers per row. Memory beyond inputs and results: two or three tiles, and the float32
 accumulators of the gradients (``[N, d]`` and one part of W's).
 """
 

@@ -1,6 +1,6 @@
 """The plan of a study: named configurations times seeds, resolved and checked before anything runs.
 
-* A *variant* is a name and the settings that make it: ``cppo compare`` has one a rule, an ablation any list of them.
+* A *variant* is a name and the settings that make it: ``cppo compare`` has one per rule, an ablation any list of them.
 * Within a seed all variants start from the same model: where the recipe makes and warms up a tiny model, that is done
   once for each seed (the seed decides the initial weights, so seeds differ in their start) and each run gets
   ``model=<the result>``. Any other model is the same file for all runs as it is.

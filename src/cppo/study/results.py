@@ -72,7 +72,7 @@ def collapse(rewards: Sequence[float | None], window: int = WINDOW) -> int | Non
     step is the first of that stretch. A dip from which it recovers is not a collapse, nor is a run that never learned.
     Rewards must be such that half of them means something: where b_s is not above 0 there is no collapse.
 
-    `rewards` : [S], a number a step; None or NaN (a step whose row has no reward) counts as the one before.
+    `rewards` : [S], a number per step; None or NaN (a step whose row has no reward) counts as the one before.
     """
     known: list[float] = []
     for reward in rewards:

@@ -106,7 +106,7 @@ def paired_difference(
     shared = sorted(x.keys() & y.keys())
     tables = _checked([*(x[s] for s in shared), *(y[s] for s in shared)], level)
     n = len(shared)
-    # [n, problems] a benchmark; a table a seed again is what `mean_interval` takes
+    # [n, problems] a benchmark; a table per seed again is what `mean_interval` takes
     differences = [table[:n] - table[n:] for table in tables]
     return mean_interval([[table[s] for table in differences] for s in range(n)], level, resamples, seed)
 

@@ -132,7 +132,7 @@ def _hub_rows(name: str, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
         rows = datasets.load_dataset(name, split=split)
     except Exception as error:  # the library raises a dozen kinds, for a missing network alone four
         raise UserError(
-            f"{name} is no local file, and could not be loaded from the hub (split {split!r}): {error}. "
+            f"{name} is not a local file, and could not be loaded from the hub (split {split!r}): {error}. "
             "Without a network, download its Parquet file elsewhere and give the path"
         ) from error
     for number, row in enumerate(rows, start=1):

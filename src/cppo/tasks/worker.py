@@ -4,7 +4,7 @@ Why a process: math-verify and reasoning_gym hand model output to sympy, and som
 `\\boxed{9^{9^{9^9}}}` computes until the memory is full, `[sum(range(10**12))]` loops in C code that no Python time-out
 interrupts, and deep nesting can overflow the stack. A process has limits of its own, and can be killed.
 
-Requests and answers are JSON, one object a line. A `Worker` is started on first use, kept, and replaced when it ran
+Requests and answers are JSON, one object per line. A `Worker` is started on first use, kept, and replaced when it ran
 past the limit or died. It ends with this process, even if this process is killed: its input then closes.
 """
 

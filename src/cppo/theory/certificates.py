@@ -125,7 +125,7 @@ def certificate(
     log_rho = _under(mask, "log_ratio", log_ratio).clip(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
     R: Array = np.asarray(rewards, dtype=np.float64)
     if R.shape != (N,) or not np.isfinite(R).all():
-        raise ValueError(f"rewards have the shape {list(R.shape)} and must be {N} finite numbers, one a response.")
+        raise ValueError(f"rewards have the shape {list(R.shape)} and must be {N} finite numbers, one per response.")
     index = _group_index(groups, N)
     rates = _resampling(index, resamples, np.random.default_rng(seed))
     tails = ((1 - level) / 2, (1 + level) / 2)

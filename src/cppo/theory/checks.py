@@ -51,7 +51,7 @@ def total_variations(name: str, values: Any, length: int | None = None) -> Array
     found: Array = np.asarray(values, dtype=np.float64)
     if found.ndim != 1 or (length is not None and found.size != length):
         shape = "[T]" if length is None else f"[{length}]"
-        raise ValueError(f"{name} has the shape {list(found.shape)}, expected {shape}: one number a position.")
+        raise ValueError(f"{name} has the shape {list(found.shape)}, expected {shape}: one number per position.")
     bad = ~((found >= 0) & (found <= 1 + 1e-9))
     if bad.any():
         at = int(bad.argmax())

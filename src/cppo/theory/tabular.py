@@ -53,7 +53,7 @@ class TabularProblem:
 
     Raises
     ------
-    ValueError : shapes that do not fit, rows that are no distributions, rewards beyond xi, a token that pi can emit
+    ValueError : shapes that do not fit, rows that are not distributions, rewards beyond xi, a token that pi can emit
         and mu cannot (then no ratio exists), or more than 50 million numbers.
     """
 
@@ -358,7 +358,9 @@ def _check_levels(name: str, levels: Any) -> tuple[int, int]:
                 "a row for each prefix, a column for each token."
             )
         if not (np.isfinite(p).all() and (p >= 0).all() and np.allclose(p.sum(1), 1, rtol=0, atol=1e-9)):
-            raise ValueError(f"{name}: a row of position {t + 1} is no distribution (numbers >= 0 that add up to 1).")
+            raise ValueError(
+                f"{name}: a row of position {t + 1} is not a distribution (numbers >= 0 that add up to 1)."
+            )
     return V, len(levels)
 
 

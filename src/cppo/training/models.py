@@ -109,9 +109,8 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     except (OSError, ValueError, KeyError) as error:
         what = "the folder" if Path(source).exists() else "the hub id"
         raise UserError(
-            f"model={source}: no tokenizer could be loaded from {what} ({_first_line(error)}). Save one beside "
-            f"the model "
-            "with tokenizer.save_pretrained(...), or check the name."
+            f"model={source}: no tokenizer could be loaded from {what} ({_first_line(error)}). Save one beside the "
+            "model with tokenizer.save_pretrained(...), or check the name."
         ) from error
     # Without files transformers makes an empty tokenizer from the model's type, by which every text is of length 0.
     if len(tokenizer) <= len(tokenizer.all_special_ids) or not tokenizer("1 a")["input_ids"]:
@@ -143,16 +142,15 @@ def load_model(source: str, dtype: torch.dtype) -> PreTrainedModel:
         return _load_gguf(found, dtype)
     adapter = (Path(source) / "adapter_config.json").exists()  # LoRA: transformers loads the base model, too
     if Path(source).exists() and not adapter and not (Path(source) / "config.json").exists():
-        raise UserError(f"model={source}: the folder holds no config.json, so it is no model folder.")
+        raise UserError(f"model={source}: the folder holds no config.json, so it is not a model folder.")
     try:
         if not adapter:
             AutoConfig.from_pretrained(source, trust_remote_code=False)
         return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=False, use_safetensors=True)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
-            f"model={source}: the model could not be loaded ({_first_line(error)}). Expected 'tiny', a folder "
-            f"that holds a "
-            "transformers model (config.json and *.safetensors), or a hub id that can be reached."
+            f"model={source}: the model could not be loaded ({_first_line(error)}). Expected 'tiny', a folder that "
+            "holds a transformers model (config.json and *.safetensors), or a hub id that can be reached."
         ) from error
 
 
@@ -202,8 +200,7 @@ def build_policy(config: Config, alphabet: str | None) -> tuple[PreTrainedModel,
         if not alphabet:
             raise UserError(
                 f"model=tiny needs to know the characters of the task, but task {config.task.name!r} has no "
-                f"`alphabet`. "
-                "Give the task one, or set model=<folder or hub id>."
+                "`alphabet`. Give the task one, or set model=<folder or hub id>."
             )
         tokenizer = character_tokenizer(alphabet)
         return tiny_model(config.tiny, tokenizer, config.seed), tokenizer

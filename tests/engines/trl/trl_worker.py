@@ -33,7 +33,7 @@ def main(out: str, *kinds: str) -> None:
 
 
 def report(kind: str) -> dict[str, Any]:
-    # 18 responses a process in groups of 4: one group spans both processes.
+    # 18 responses per process in groups of 4: one group spans both processes.
     run = trainer(
         make("cppo", kind),
         reward=mixed_reward,

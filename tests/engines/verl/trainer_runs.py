@@ -121,7 +121,7 @@ class RunFailed(AssertionError):
     """A run ended with an error, or not at all; `str()` holds the end of its log."""
 
 
-#: verl's trainer made small: one process, float32, a rollout of 2 prompts x 4 responses, 2 updates a step.
+#: verl's trainer made small: one process, float32, a rollout of 2 prompts x 4 responses, 2 updates per step.
 BASE: dict[str, Any] = {
     "trainer.device": "cpu",
     "trainer.n_gpus_per_node": 1,

@@ -19,7 +19,7 @@ def study(folder, only, settings=(), seeds=2, recipe="arithmetic", **options):
 
 
 def write_run(plan, run, final, before=0.25, rewards=None, masked=0.02, clipped=0.0, problems=True):
-    """One finished run: evaluations of two problems at 0 and the end, and a training row a step."""
+    """One finished run: evaluations of two problems at 0 and the end, and a training row per step."""
     folder, steps = plan.folder_of(run), run.config.steps
     benchmark = run.config.task.options["families"][0]
     for step, score in ((0, before), (steps, final)):

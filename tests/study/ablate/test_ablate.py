@@ -148,7 +148,7 @@ def test_equal_configurations_run_once_and_warm_ups_are_shared(tmp_path):
     assert {key: found[key] for key in shared} == shared
     configs = [run.config.model_dump(exclude={"output_dir"}) for run in plan.trained]
     assert all(configs.count(config) == 1 for config in configs)
-    # one a seed for all suites, and one for each other length
+    # one per seed for all suites, and one for each other length
     assert len([run for run in plan.runs if run.variant is None]) == 2 * 4
     assert load_plan(plan.folder) == plan and suites_of(load_plan(plan.folder)) == suites_of(plan)
 

@@ -6,7 +6,7 @@ TRL 1.16 never materialises logits: its fused head turns hidden states into the 
   active (`cppo.engines.trl.head`);
 * mu is scored in the pass that computes the old log-probabilities (`cppo.engines.trl.rollout`);
 * pi is scored from the hidden states of the loss's own forward, and its logsumexp is z_y/T - log pi(y), y the sampled
-  token. `topk_*`: K + 1 dot products a token. `exact_*`: two products with the vocabulary, pi's and mu's, without
+  token. `topk_*`: K + 1 dot products per token. `exact_*`: two products with the vocabulary, pi's and mu's, without
   gradient. `adaptive_tv`: the former for all tokens, the latter for those that the former leaves open.
 """
 
@@ -152,7 +152,7 @@ class HeadDivergence:
             found = loss.exact(index, "tv")
             if rounds:
                 # Two computations may round one logit to two neighbouring numbers (bf16; TF32 in one product but not in
-                # the other). That is no contradiction.
+                # the other). That is not a contradiction.
                 beyond = 0.0 if slack is None else slack.flatten()[index]
                 found = found.clamp(lower.flatten()[index] - beyond, upper.flatten()[index] + beyond)
             return found

@@ -45,7 +45,7 @@ def logit_changes(model: Any) -> tuple[float | None, float]:
 
     Raises
     ------
-    ValueError : a value that is no number above 0.
+    ValueError : a value that is not a number above 0.
     """
     config = model.config.get_text_config()
     values: dict[str, float] = {}
@@ -159,7 +159,7 @@ class Head:
         )
 
     def logits_at(self, states: Tensor, ids: Tensor) -> Tensor:
-        """z/T at ids ``[n, J]`` by gathered rows of W: J dot products a token; float32 ``[n, J]``."""
+        """z/T at ids ``[n, J]`` by gathered rows of W: J dot products per token; float32 ``[n, J]``."""
         states = states.to(self.dtype)
         size = max(1, CHUNK_ELEMENTS // max(1, ids.shape[1] * self.weight.shape[1]))
         with torch.autocast(states.device.type, enabled=False):
@@ -182,7 +182,7 @@ class Head:
 
             logsumexp = z_y/T - log pi(y),      log pi(k) = z_k/T - logsumexp
 
-        K + 1 dot products a token; a whole product instead where the vocabulary is small.
+        K + 1 dot products per token; a whole product instead where the vocabulary is small.
 
         Parameters
         ----------

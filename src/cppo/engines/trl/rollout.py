@@ -1,6 +1,6 @@
 """What a divergence needs to know of the rollout policy mu, taken from TRL's own pass over the old log-probabilities.
 
-It goes into TRL's rollout batch, one row a response, which TRL shuffles and splits along with its own tensors.
+It goes into TRL's rollout batch, one row per response, which TRL shuffles and splits along with its own tensors.
 
 | divergence    | kept for every token, in bytes                              | and once a rollout batch       |
 |---------------|-------------------------------------------------------------|--------------------------------|

@@ -122,7 +122,7 @@ def _divergence_problems(args: GRPOConfig, divergence: str | None, top_k: TopK) 
     found = []
     if not divergence.startswith("exact_"):
         if not isinstance(top_k.k, int) or top_k.k < 1:
-            found.append(f"top_k={top_k.k!r} (of the trainer) is no number of tokens. Set top_k=20.")
+            found.append(f"top_k={top_k.k!r} (of the trainer) is not a number of tokens. Set top_k=20.")
         elif top_k.store == "ragged" and top_k.k > 255:
             found.append(
                 f"topk_store='ragged' counts a token's entries in one byte, but top_k={top_k.k}. Set top_k to 255 at "

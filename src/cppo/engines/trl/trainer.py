@@ -82,7 +82,7 @@ class TrustRegionTrainer(GRPOTrainer):
         (`cppo.divergence.topk_tv`).
     topk_anchor : "rollout": mu is the policy that sampled. "recomputed": with vLLM, which reports the sampled tokens
         alone, take the trainer's distributions of the same weights; ratios stay against vLLM.
-    topk_store : how mu's top-K is kept until the last update: "float32", 8 K bytes a token; "compact", 5 K, TV off by
+    topk_store : how mu's top-K is kept until the last update: "float32", 8 K bytes per token; "compact", 5 K, TV off by
         at most 0.0015 (K = 20); "ragged", 1 + 5 for each entry that is needed to cover 99.9% of mu, TV off by up to
         0.001 more (`cppo.scoring.store`). `adaptive_tv` allows for that and decides as the exact TV all the same.
     zero_spread_filter : take groups with equal rewards out of the loss and out of its denominators.

@@ -7,7 +7,7 @@ Top-K: mu's top K travels with each sequence as verl's ``teacher_ids`` / ``teach
 belonging to the token at t. Column 0 is the sampled token with its log mu, the others mu's K likeliest. verl's engines
 call the loss function once more with the logits of the forward (``distillation_use_topk``), in whatever layout they
 have (packed, Ulysses or context-parallel slices, vocabulary split over tensor parallelism); D_t is computed there, one
-number a token, and gathered by verl along with the log-probabilities. It costs no forward of its own.
+number per token, and gathered by verl along with the log-probabilities. It costs no forward of its own.
 """
 
 from __future__ import annotations
@@ -233,7 +233,7 @@ def topk_divergence(config: Any, data: Any, logits: Tensor, data_format: str) ->
     known = (ids[..., 0] >= 0) & (ids[..., 0] == following)
     pi = score_ids(logits, ids.clamp(min=0), shard=shard, check=False).logp
     score = getattr(divergences, str(rule.divergence))
-    # Slots beyond mu's top K (a vocabulary smaller than K) have log mu = -inf; they are no class.
+    # Slots beyond mu's top K (a vocabulary smaller than K) have log mu = -inf; they are not a class.
     inside = ((ids[..., 1:] == ids[..., :1]) & (mu[..., 1:] > -torch.inf)).any(-1)
     top = torch.where(mu[..., 1:] > -torch.inf, pi[..., 1:], -torch.inf)
     found = score(top, mu[..., 1:], pi[..., 0], mu[..., 0], inside, config.policy_loss.get("topk_variant", "append"))

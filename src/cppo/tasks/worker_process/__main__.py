@@ -1,4 +1,4 @@
-"""Answer JSON requests, one a line, within limits of time, memory and rights.
+"""Answer JSON requests, one per line, within limits of time, memory and rights.
 
     out  {"ready": true} or {"missing": "package"}           once
     in   {"limit": seconds, ...}                             the rest is handed to HANDLER.handle
@@ -7,7 +7,7 @@
 Limits, the gentle ones first: a signal after `limit` seconds ends the request; a second timer, which the kernel
 enforces, kills the process where C code lets no signal handler run, so nothing is left computing even if the parent is
 gone. While a request is handled, an audit hook refuses to write files, start programs or connect to anything: some
-scorers `eval` what a model wrote. That hook stops accidents; it is no sandbox against an adversary.
+scorers `eval` what a model wrote. That hook stops accidents; it is not a sandbox against an adversary.
 """
 
 from __future__ import annotations
