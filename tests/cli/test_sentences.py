@@ -14,6 +14,8 @@ from cppo.config.load import load_config
 from cppo.errors import StopError, UserError
 from cppo.files import DiskFullError
 from cppo.runs.folder import RunFolder
+from cppo.study import warmup
+from cppo.study.store import STUDY_FILE
 from cppo.tokens import TokenBatch
 from cppo.training.callbacks import NonFiniteError
 
@@ -44,6 +46,9 @@ MISTAKES = {
     "calibrate: a parameter": (["calibrate", "{dump}", "--rule", "dppo", "--set", "dppo.delt=1"], "delt"),
     "calibrate: a target": (["calibrate", "{dump}", "--target", "2"], "target"),
     "report: nothing": (["report", "nowhere"], "nothing at nowhere"),
+    "compare: a broken plan": (["compare", "--show", "{study}"], "study.yaml, line 1"),
+    "ablate: a broken plan": (["ablate", "--show", "{study}"], "study.yaml, line 1"),
+    "report: a broken plan": (["report", "{study}"], "study.yaml, line 1"),
     "report: a broken log": (["report", "{broken}"], "config"),
     "launch: a recipe": (["launch", "verl", "--recipe", "qwen"], "qwen"),
 }
@@ -61,13 +66,16 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     broken = RunFolder(tmp_path / "broken")
     broken.path.mkdir()
     broken.config_file.write_text("- this\n- is a list\n")
+    study = tmp_path / "study" / STUDY_FILE
+    study.parent.mkdir()
+    study.write_text("kind: [")
     return tmp_path
 
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_a_sentence(name: str, here: Path) -> None:
     words, said = MISTAKES[name]
-    places = {"{dump}": str(here / "dump.jsonl"), "{broken}": str(here / "broken")}
+    places = {"{dump}": str(here / "dump.jsonl"), "{broken}": str(here / "broken"), "{study}": str(here / "study")}
     done = CliRunner().invoke(cli.app, [places.get(word, word) for word in words])
     assert done.exit_code == 2, (done.output, done.exception)
     assert done.stderr.startswith("Error: ") and said in done.stderr and "Traceback" not in done.stderr
@@ -83,6 +91,27 @@ def test_a_wrong_shape_of_our_own_is_a_traceback(here: Path, monkeypatch: pytest
     done = CliRunner().invoke(cli.app, ["inspect", "dump.jsonl"])
     assert isinstance(done.exception, ValueError) and not isinstance(done.exception, UserError)
     assert done.exit_code == 1 and "Error:" not in done.stderr
+
+
+def _warm_up_that_raises(error: Exception, folder: Path, monkeypatch: pytest.MonkeyPatch) -> int:
+    def warm_up(self: object) -> Path:
+        raise error
+
+    monkeypatch.setattr(warmup.Run, "warm_up", warm_up)
+    settings = folder / "settings.yaml"
+    settings.write_text(load_config(None, [f"output_dir={folder / 'shared'}"]).to_yaml())
+    return warmup.main(settings)
+
+
+def test_the_shared_warm_up_of_a_study_speaks_likewise(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _warm_up_that_raises(UserError("no demonstrations"), here, monkeypatch) == 2
+    assert _warm_up_that_raises(NonFiniteError("ten in a row"), here, monkeypatch) == 1
+    said = capsys.readouterr().err
+    assert "Error: no demonstrations" in said and "Error: ten in a row" in said
+    with pytest.raises(ValueError, match="a wrong shape"):
+        _warm_up_that_raises(ValueError("a wrong shape"), here, monkeypatch)
 
 
 def test_a_run_that_had_to_stop_is_no_mistake() -> None:

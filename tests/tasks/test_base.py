@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from cppo.errors import UserError
 from cppo.tasks import MissingDependency, make_task
 from cppo.tasks.base import require
 
@@ -70,6 +71,12 @@ def test_a_missing_option_is_named(module):
     name = module("needy", "def make(folder): ...\n")
     with pytest.raises(ValueError, match="needs the option 'folder'"):
         make_task(f"{name}:make")
+
+
+def test_a_value_that_a_factory_of_ones_own_refuses_is_a_sentence(module):
+    name = module("strict", "def make(size): raise ValueError(f'size is {size}, expected 1')\n")
+    with pytest.raises(UserError, match=rf"task '{name}:make': size is 2, expected 1"):
+        make_task(f"{name}:make", size=2)
 
 
 def test_an_import_error_inside_a_module_of_ones_own_is_not_hidden(module):

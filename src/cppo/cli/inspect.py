@@ -73,7 +73,7 @@ def chosen_rules(names: Sequence[str], settings: Sequence[str]) -> list[TrustReg
 
     Raises
     ------
-    ValueError : an unknown rule or parameter, a setting of a rule that is not shown, or not of that form.
+    UserError : an unknown rule or parameter, a setting of a rule that is not shown, or not of that form.
     """
     from cppo.rules import RULES, make_rule
 

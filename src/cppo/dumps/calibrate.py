@@ -33,7 +33,7 @@ def thresholds_asked(name: str, given: Mapping[str, Any]) -> tuple[list[str], di
 
     Raises
     ------
-    ValueError : an unknown rule, or "auto" for what is not a threshold. UserError : nothing is left to solve for.
+    UserError : an unknown rule, "auto" for what is not a threshold, or nothing is left to solve for.
     """
     with as_user_error():
         rule = rule_class(name)

@@ -188,7 +188,7 @@ class RunFolder:
 
         Raises
         ------
-        ValueError : a row before the last that is not JSON, or has another shape.
+        UserError : a row before the last that is not JSON, or has another shape.
         """
         found = {}
         for row in files.read_jsonl(self.problems_file):
@@ -196,7 +196,7 @@ class RunFolder:
                 scores = {str(name): list(map(float, values)) for name, values in row["scores"].items()}
                 found[int(row["step"])] = scores
             except (KeyError, TypeError, AttributeError) as error:
-                raise ValueError(
+                raise UserError(
                     f"{self.problems_file}: a row without step and scores by benchmark ({error!r}): {row}."
                 ) from error
         return found

@@ -11,7 +11,7 @@ from typing import Any
 from cppo import files
 from cppo.config import yaml_io
 from cppo.config.load import load_config
-from cppo.errors import UserError
+from cppo.errors import UserError, as_user_error
 from cppo.study.plan import Plan, PlannedRun, Variant
 
 STUDY_FILE = "study.yaml"
@@ -71,7 +71,8 @@ def load_plan(folder: Path) -> Plan:
     if not path.is_file():
         raise UserError(f"{folder}: there is no study ({path} is missing).")
     try:
-        raw = yaml_io.read(path)
+        with as_user_error():
+            raw = yaml_io.read(path)
         if raw["study"] != VERSION:
             raise UserError(f"{path} is of version {raw['study']}, this program reads {VERSION}.")
         runs = tuple(

@@ -13,6 +13,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from cppo import files
 from cppo.config.load import load_config
+from cppo.errors import StopError, UserError
 from cppo.runs.folder import RunFolder
 from cppo.runs.prepare import latest_state, versions
 from cppo.show.progress import RunProgress
@@ -42,9 +43,9 @@ def main(path: Path) -> int:
             run.warm_up()
     except Interrupted:
         return 130
-    except ValueError as error:  # what the user gave
+    except (UserError, StopError) as error:
         print(f"Error: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, UserError) else 1
     return 0
 
 

@@ -12,6 +12,7 @@ A task is any object with the four members of `Task`. The optional members that 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import inspect
@@ -19,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, overload, runtime_checkable
 
-from cppo.errors import UserError
+from cppo.errors import UserError, as_user_error
 from cppo.words import nearest
 
 Prompt = str | list[dict[str, str]]  # plain text, or chat messages with "role" and "content"
@@ -100,7 +101,7 @@ def make_task(spec: str, /, **options: Any) -> Task:
 
     Raises:
         UserError: unknown task, generator or option (the nearest right one is named), or a factory whose result is
-            not a task (what is missing is named).
+            not a task (what is missing is named), or that raises ValueError.
         MissingDependency: the task needs a package that is not installed.
     """
     name, _, rest = spec.partition(":")
@@ -118,7 +119,9 @@ def make_task(spec: str, /, **options: Any) -> Task:
         raise UserError(f"unknown task {spec!r}.{nearest(spec, _BUILT_IN)} A task is {_FORMS}")
     factory = _import_factory(_BUILT_IN.get(name, spec), spec)
     _check_options(factory, spec, options)
-    task = factory(**options)
+    # a ValueError of the user's own factory is about the options it was given; one of ours is a fault
+    with contextlib.nullcontext() if name in _BUILT_IN else as_user_error(f"task {spec!r}: "):
+        task = factory(**options)
     missing = [member for member in _REQUIRED if not hasattr(task, member)]
     missing += [f"{member} (must be a method)" for member in _REQUIRED[1:] if not callable(getattr(task, member, len))]
     if missing:
