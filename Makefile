@@ -28,7 +28,7 @@ train-llm: setup  ## the same with a real language model, SmolLM2-135M-Instruct 
 	$(BIN)/cppo train smollm2-135m $(ARGS)
 
 test: setup  ## the test suite; with verl's tensor and engine tests where `make setup-verl` has been run
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 	@if [ -e $(VENV)-verl/.installed ]; then $(MAKE) --no-print-directory test-verl-quick; \
 	else echo "verl's tests were left out: make setup-verl installs it beside .venv"; fi
 

@@ -99,7 +99,7 @@ def test_every_room_has_a_floor() -> None:
     assert {room(name) for name in MODULES} - {""} == set(FLOOR)
 
 
-@pytest.mark.parametrize("root", ["src/cppo", "benchmarks", "pages"])
+@pytest.mark.parametrize("root", ["src/cppo", "benchmarks", "pages", "tests"])
 def test_sizes(root: str) -> None:
     folder = SOURCE.parent / root
     sources = [path for path in folder.rglob("*") if path.suffix in (".py", ".js", ".css", ".j2")]

@@ -19,18 +19,11 @@ An `Engine` says how the adapter under test is called; the checks below say what
 from __future__ import annotations
 
 import functools
-import inspect
 import json
 import math
-import os
-import socket
-import subprocess
-import sys
-import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -39,9 +32,8 @@ import torch
 from torch import Tensor
 
 import cppo
-from core.cases import CASES, GARBAGE, NEEDS_DIVERGENCE, REFERENCE_CASES, Response, make, random_responses
+from core.cases import CASES, GARBAGE, REFERENCE_CASES, Response, make, random_responses
 from cppo.errors import UserError
-from forks import python
 
 DATA = Path(__file__).parents[1] / "data"
 RTOL, ATOL = 5e-5, 2e-6  # float32 against float64
@@ -494,98 +486,3 @@ def suite(engine: Engine, argument: str = "check") -> Any:
 
 def _skip(engine: Engine, name: str, reason: str) -> None:
     pytest.skip(f"{engine.name}: {name} does not apply: {reason}")
-
-
-# ----------------------------------------------------------------------------------------------------------- processes
-
-
-def in_processes(
-    function: Callable[[list[Sample], list[str]], list[Outcome]],
-    samples: Sequence[Sample],
-    cases: Sequence[str],
-    size: int,
-) -> list[Outcome]:
-    """Run a module-level `function` in `size` gloo processes; gradients of the processes are added up.
-
-    `function` sees all samples in every process and returns gradients of full length with zeros where it holds nothing.
-    """
-    target = f"{inspect.getmodule(function).__name__}:{function.__name__}"  # type: ignore[union-attr]
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
-    with tempfile.TemporaryDirectory() as folder:
-        request = [
-            {"prompt": s.prompt, **{k: getattr(s.response, k) for k in ("policy", "rollout", "advantage", "mask")}}
-            for s in samples
-        ]
-        torch.save({"samples": request, "cases": list(cases)}, Path(folder) / "request.pt")
-        roots = [str(Path(__file__).parents[1]), *sys.path]
-        environment = {**os.environ, "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(roots)}
-        workers = [
-            subprocess.Popen(
-                [python(), "-m", "engines.contract", target, folder],
-                env={**environment, "RANK": str(rank)},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            for rank in range(size)
-        ]
-        try:
-            outputs = [worker.communicate(timeout=180)[0] for worker in workers]
-        finally:
-            for worker in workers:
-                worker.kill()
-        for rank, (worker, output) in enumerate(zip(workers, outputs, strict=True)):
-            assert worker.returncode == 0, f"rank {rank}:\n{output}"
-        parts = [torch.load(Path(folder) / f"part{rank}.pt", weights_only=True) for rank in range(size)]
-    out = []
-    for of_case in zip(*parts, strict=True):
-        assert all(part["denominators"] == of_case[0]["denominators"] for part in of_case)
-        gradients = [sum(columns) for columns in zip(*(part["gradients"] for part in of_case), strict=True)]
-        out.append(Outcome(gradients, of_case[0]["denominators"]))  # type: ignore[arg-type]
-    return out
-
-
-def _worker(target: str, folder: str) -> None:
-    """One process of `in_processes`."""
-    # Imported under its package name, so that classes are the same objects here and in the test module.
-    contract = import_module("engines.contract")
-    module, name = target.split(":")
-    function = getattr(import_module(module), name)
-    request = torch.load(Path(folder) / "request.pt", weights_only=True)
-    samples = [
-        contract.Sample(Response(s["policy"], s["rollout"], s["advantage"], s["mask"]), s["prompt"])
-        for s in request["samples"]
-    ]
-    torch.distributed.init_process_group("gloo")
-    outcomes = function(samples, request["cases"])
-    rank = torch.distributed.get_rank()
-    part = [{"gradients": o.gradients, "denominators": o.denominators} for o in outcomes]
-    torch.save(part, Path(folder) / f"part{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-# re-exported for test modules
-__all__ = [
-    "CASES",
-    "CHECKS",
-    "FEW",
-    "NEEDS_DIVERGENCE",
-    "Engine",
-    "Outcome",
-    "Sample",
-    "checks",
-    "clear_samples",
-    "in_processes",
-    "make",
-    "make_samples",
-    "same",
-    "standard",
-    "suite",
-    "wanted",
-]
-
-if __name__ == "__main__":
-    _worker(*sys.argv[1:])

@@ -17,6 +17,7 @@ from cppo.layout_sharded import Shard
 
 from . import contract
 from .contract import Outcome, Sample
+from .contract_processes import in_processes
 
 GARBAGE = -7.5  # what stands in prompts and padding
 
@@ -96,7 +97,7 @@ class Core(contract.Engine):
         return Outcome([gradients[i] for i in order], [denominators[i] for i in order])
 
     def run_shards(self, samples: Sequence[Sample], cases: Sequence[str], shards: int) -> list[Outcome]:
-        return contract.in_processes(run_shard, samples, cases, shards)
+        return in_processes(run_shard, samples, cases, shards)
 
     def run_without_rollout(self, samples: Sequence[Sample], rule: Any) -> None:
         try:
@@ -228,7 +229,7 @@ class ShardsAlone(Core):
     shards = (2,)
 
     def run_shards(self, samples: Sequence[Sample], cases: Sequence[str], shards: int) -> list[Outcome]:
-        return contract.in_processes(run_shard_alone, samples, cases, shards)
+        return in_processes(run_shard_alone, samples, cases, shards)
 
 
 class Multiplies(Core):

@@ -16,6 +16,7 @@ from cppo.errors import UserError
 
 from . import contract
 from .contract import Outcome, Sample
+from .contract_processes import in_processes
 from .stubs import slime as stubs_slime
 
 
@@ -94,7 +95,7 @@ class Slime(contract.Engine):
         return step(args, samples, micro_batches)
 
     def run_shards(self, samples: Sequence[Sample], cases: Sequence[str], shards: int) -> list[Outcome]:
-        return contract.in_processes(run_shard_per_token if self.per_token else run_shard, samples, cases, shards)
+        return in_processes(run_shard_per_token if self.per_token else run_shard, samples, cases, shards)
 
     def run_without_rollout(self, samples: Sequence[Sample], rule: Any) -> None:
         batch, logits = micro_batch(samples)

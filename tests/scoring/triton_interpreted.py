@@ -108,17 +108,8 @@ class Problem:
         return self.dense(self.hidden().double(), self.head().double(), None if bias is None else bias.double())
 
     def forward(self, *, entropy: bool = True, top_k: int = 0) -> LocalPart:
-        return forward(
-            self.hidden(),
-            self.head(),
-            self.ids(),
-            self.logits(),
-            start=self.start,
-            valid=self.valid,
-            entropy=entropy,
-            top_k=top_k,
-            tile=(16, 64),
-        )
+        where: dict[str, Any] = {"start": self.start, "valid": self.valid, "tile": (16, 64)}
+        return forward(self.hidden(), self.head(), self.ids(), self.logits(), entropy=entropy, top_k=top_k, **where)
 
 
 PROBLEMS = {

@@ -18,7 +18,7 @@ import torch
 
 from cppo import files
 
-SRC = Path(__file__).parents[2] / "src"
+SRC = Path(__file__).parents[1] / "src"
 
 
 def start(code: str, *args: str) -> subprocess.Popen[bytes]:
