@@ -69,7 +69,7 @@ def sample(
     ----------
     prompts : token ids, a row for each response; equal prompts are computed once.
     ends : ids that end a response. pad : id that fills prompts up on the left; its value does not matter.
-    top_k : K, at most the vocabulary; 0: none.
+    top_k : K; of a smaller vocabulary all; 0: none.
     """
     was_training = model.training
     model.eval()
@@ -100,7 +100,7 @@ def _sample(
     rows = torch.arange(len(prompts), device=device)  # which response each row of the batch is
     alive = torch.ones(len(prompts), dtype=torch.bool, device=device)
     end = torch.tensor(ends, device=device)
-    book = _Book(len(prompts), length, top_k, device)
+    book = _Book(len(prompts), length, min(top_k, logits.shape[-1]), device)
     for step in range(length):
         token = book.draw(step, rows, alive, logits.float() / temperature)
         alive = alive & ~torch.isin(token, end)
