@@ -220,7 +220,8 @@ def test_updates_with_nan_are_skipped_and_counted(poison, policy, tmp_path):
 
 def test_ten_in_a_row_stop_the_run_and_name_the_last_good_checkpoint(poison, policy, tmp_path, invoke):
     seen = poison(lambda update: update > 4)
-    done = invoke("train", f"model={policy}", *LETTERS, "steps=9", f"output_dir={tmp_path / 'run'}")
+    settings = [f"model={policy}", *LETTERS, "steps=9", "save_every=1", f"output_dir={tmp_path / 'run'}"]
+    done = invoke("train", *settings)
     assert done.exit_code == 1 and "Traceback" not in done.stderr
     good = tmp_path / "run" / "checkpoints" / "step-000006"
     assert done.stderr.startswith("Error: 10 updates in a row") and f"last good checkpoint is {good};" in done.stderr

@@ -132,7 +132,8 @@ def test_stopped_while_the_best_policy_is_saved(monkeypatch, policy, tmp_path):
 @pytest.mark.slow
 def test_ctrl_c_stops_on_a_step_boundary_and_resume_finishes(policy, tmp_path, invoke):
     run = tmp_path / "a run"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE), "HF_HUB_OFFLINE": "1"}
+    path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "cppo.cli", "train", f"model={policy}", *LETTERS, "steps=8", f"output_dir={run}"]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
