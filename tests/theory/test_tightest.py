@@ -121,7 +121,9 @@ def test_spend_against_a_general_solver(program: tuple[np.ndarray, ...]) -> None
     gamma, w, limits, budgets = program
     z = spend(gamma, w, limits, budgets)
     assert (z >= 0).all() and at_most(z, limits) and at_most(z.cumsum(), budgets)
-    assert math.fsum(gamma / w * z) == pytest.approx(solve(gamma, w, limits, budgets), rel=1e-6, abs=1e-6)
+    # HiGHS lets each constraint slip by 1e-7, which is worth as much as the dearest position
+    slack = 1e-6 * max(1.0, float((gamma / w).max(initial=0.0)))
+    assert math.fsum(gamma / w * z) == pytest.approx(solve(gamma, w, limits, budgets), rel=1e-6, abs=slack)
 
 
 @given(program=programs(monotone=True))
