@@ -6,7 +6,13 @@ import pytest
 
 from gloo import run_checks
 
-MODULES = ("core.shard_checks", "scoring.vocab_checks", "scoring.score_checks", "scoring.adaptive_checks")
+MODULES = (
+    "core.shard_checks",
+    "scoring.vocab_checks",
+    "scoring.score_checks",
+    "scoring.adaptive_checks",
+    "engines.judge_checks",
+)
 
 
 @pytest.mark.parametrize("processes", [2, 3])

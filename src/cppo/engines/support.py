@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from cppo.divergence import BINARY
@@ -183,9 +184,8 @@ class TrustRegionLoss:
         # A micro-batch without any loss token (padding rows of some engines) tells nothing: wait for the next one.
         some = bool(batch.loss_mask.any()) if self.first else True
         first = self.first and (some if on_policy is None else on_policy)
-        if first and some:
-            with as_user_error(f"{self.engine}: "):
-                batch.check()
+        if self.first and on_policy is not False:
+            self._check(batch, first and some, reduce)
         verdict = self.rule(batch)
         stats = metrics(batch, verdict, first_update=first if on_policy is None else on_policy, reduce=reduce)
         if first and any(stats[f"trust/{reason.key}_fraction"] for reason in Reason if reason != Reason.OUTSIDE):
@@ -195,6 +195,22 @@ class TrustRegionLoss:
                     stats.get("trust/first_update_divergence"), self.max_on_policy_divergence, self.engine, self.hint
                 )
         return verdict, stats
+
+    def _check(self, batch: TokenBatch, looks: bool, reduce: Reduce | None) -> None:
+        """Raise on every process if the batch of one is wrong: whoever raised alone would leave the others waiting."""
+        error = None
+        if looks:
+            try:
+                with as_user_error(f"{self.engine}: "):
+                    batch.check()
+            except UserError as found:
+                error = found
+        if reduce is not None:
+            wrong = batch.policy_logp.new_tensor([error is not None], dtype=torch.float64)
+            if bool(reduce(wrong, wrong)[1]) and error is None:
+                error = UserError(f"{self.engine}: the first batch of another process is wrong; that process says how.")
+        if error is not None:
+            raise error
 
 
 def check_on_policy(divergence: float | None, limit: float, engine: str, hint: str) -> None:
