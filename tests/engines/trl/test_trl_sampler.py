@@ -92,6 +92,20 @@ def test_the_weights_that_sample_are_the_newest() -> None:
     assert inputs["trust_topk_ids"].shape[-1] == TOP_K
 
 
+def test_where_a_batch_gets_one_update_no_later_pass_takes_what_was_recorded() -> None:
+    """TRL makes no pass for old log-probabilities there; the next pass of the policy is about other tokens."""
+    run = trainer(make("none"), sampler="own", steps_per_generation=1, per_device_train_batch_size=8)
+    inputs, _ = rollout_and_drift(run)
+    assert "old_per_token_logps" not in inputs
+    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+    attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+    with torch.no_grad():
+        got = run._get_per_token_logps_and_entropies(run.model, ids, attention, inputs["completion_ids"].shape[1])[0]
+        logp = log_softmax(run.model, inputs).gather(-1, inputs["completion_ids"][..., None])[..., 0]
+    mask = inputs["completion_mask"].bool()
+    torch.testing.assert_close(got[mask], logp[mask], rtol=0, atol=2e-5)
+
+
 @pytest.mark.parametrize(
     "settings, words",
     [

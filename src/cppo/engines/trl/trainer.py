@@ -6,8 +6,8 @@
   We return m = c / rho with TRL's own rho, so that the loss is -c A in value and -c A grad log pi in gradient, whatever
   the rule.
 * `cppo.engines.support.TrustRegionLoss` judges, looks at the first update and counts, as in every other adapter.
-* Four more methods are wrapped: they call TRL's own and add tensors (what a divergence needs of mu, the zero-spread
-  filter, hidden states, rewards).
+* Five more methods are wrapped: they call TRL's own and add tensors (what a divergence needs of mu, the zero-spread
+  filter, hidden states, rewards), or sample in its place (`sampler`).
 * Every setting that would silently disable or alter the rule is refused (`settings`); a TRL that moved is an error.
 
 Left out: AsyncGRPO (it has a loss of its own), context parallelism (TRL's GRPO has none). In
@@ -150,7 +150,7 @@ class TrustRegionTrainer(GRPOTrainer):
 
         Raises
         ------
-        ValueError : the rule needs another divergence, for which nothing has been prepared.
+        UserError : the rule needs another divergence, for which nothing has been prepared.
         """
         if rule.divergence != self._trust.rule.divergence:
             raise UserError(
@@ -244,12 +244,14 @@ class TrustRegionTrainer(GRPOTrainer):
             return method(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
 
         in_loss = self._trust_loss is not None
-        sampled, self._trust_sampled = (None, self._trust_sampled) if in_loss else (self._trust_sampled, None)
-        if sampled is not None:  # the pass that would compute what the sampler has recorded
+        ours = model is self.model and self.model.training and not in_loss
+        if ours and (sampled := self._trust_sampled) is not None:
+            # The pass that would compute what the sampler has recorded.
+            self._trust_sampled = None
             if self._trust_divergence is not None:
                 self._trust_divergence.take(sampled, logits_to_keep)
             return sampled.padded_logp(logits_to_keep), None, None
-        if self._trust_divergence is None or not self.model.training or not (in_loss or model is self.model):
+        if self._trust_divergence is None or not self.model.training or not (in_loss or ours):
             return forward()
         tokens, mask = input_ids[:, -logits_to_keep:], attention_mask[:, -logits_to_keep:]
         return self._trust_divergence.listen(forward, self._trust_policy(), tokens, mask, in_loss)
@@ -269,7 +271,10 @@ class TrustRegionTrainer(GRPOTrainer):
             pad=self._tokenizer.pad_token_id,
             top_k=0 if divergence is None else divergence.sampled_top_k,
         )
-        if divergence is None or divergence.sampled_top_k:  # else mu's hidden states are needed, from a pass of TRL's
+        # TRL makes a pass for old log-probabilities where a batch gets several updates; it takes what was recorded,
+        # unless mu's hidden states are needed. Where TRL makes none, no other pass may take it.
+        several = self.args.gradient_accumulation_steps % (self.args.steps_per_generation * self.num_iterations)
+        if several and (divergence is None or divergence.sampled_top_k):
             self._trust_sampled = sampled
         return [tokens.tolist() for tokens in sampled.tokens], None
 
