@@ -300,7 +300,7 @@ class Settings(Section):
     topk_store: Literal["float32", "compact", "ragged"] = "float32"
     """How the top K are kept between rollout and updates, in bytes per token: `float32` 8 K; `compact` 5 K, D off by at
     most 0.0015 (K = 20); `ragged` 1 + 5 for each of those that cover 99.9%, D off by up to 0.001 more."""
-    max_on_policy_divergence: NonNegative | None = 0.03
+    max_on_policy_divergence: Positive | None = 0.03
     """Largest mean D_t of the first update, before any optimizer step, where the trained policy is the one that
     sampled; beyond it the run stops, since the rule would measure that mismatch. null: do not look."""
     warmup: Warmup = Field(default_factory=Warmup)

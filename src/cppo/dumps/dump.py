@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from cppo.config.yaml_io import CONFIG_FILE
 from cppo.dumps.export import dump_observer, verl_rows, write_dump
 from cppo.dumps.read import COLUMNS, SUFFIXES, Builder, mistake, read_rows
 from cppo.errors import UserError
@@ -212,7 +213,7 @@ def _files(path: Path) -> list[Path]:
         return found
     if is_run:
         raise UserError(f"the run {path} has no samples in {folder}: train with samples.every=10.")
-    raise UserError(f"the folder {path} holds neither .jsonl or .parquet files nor a run (config.yaml).")
+    raise UserError(f"the folder {path} holds neither .jsonl or .parquet files nor a run ({CONFIG_FILE}).")
 
 
 def _strange_names(unknown: Counter[str]) -> list[str]:

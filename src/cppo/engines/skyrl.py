@@ -21,15 +21,13 @@ from skyrl.backends.skyrl_train.utils.off_policy_correction_utils import off_pol
 from skyrl.train.config import AlgorithmConfig, make_config  # type: ignore[import-not-found]
 from torch import Tensor, ones_like
 
-from cppo.engines.support import TrustRegionLoss, check_version, require_parameters, sampled_token_rule
+from cppo.engines.support import TrustRegionLoss, check_version, require_parameters, sampled_token_rule, steady_metrics
 from cppo.errors import UserError
 from cppo.rules import RULES
 from cppo.tokens import TokenBatch
 
 #: Policy loss -> rule.
 LOSSES = {"cppo" if rule == "cppo" else f"cppo_{rule}": rule for rule in RULES}
-#: Metrics that some batches lack. SkyRL all-reduces metric by metric: processes that differ in them would hang.
-CONDITIONAL = ("trust/first_rejected_position", "trust/first_update_divergence")
 #: Sampling settings under which the sampler draws from the distribution that the trainer computes, and tells.
 PLAIN = {"logprobs": (1, 0), "top_p": (1.0,), "top_k": (-1, 0), "min_p": (0.0,), "repetition_penalty": (1.0,)}
 
@@ -80,7 +78,7 @@ class PolicyLoss:
             raise UserError("SkyRL: no rollout log-probabilities. Set generator.sampling_params.logprobs=1.")
         mask = ones_like(log_probs) if loss_mask is None else loss_mask
         judged = self.prepare(config)(TokenBatch(log_probs, rollout_logprobs, advantages, mask))
-        stats = {name: value for name, value in judged.metrics.items() if name not in CONDITIONAL}
+        stats = steady_metrics(judged.metrics)  # SkyRL all-reduces one by one: processes that differ would hang
         return ppo_utils.reduce_loss(judged.loss, loss_mask), {"clip_ratio": stats["trust/masked_fraction"], **stats}
 
 

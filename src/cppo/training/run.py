@@ -320,7 +320,7 @@ def _undone(folder: Path, new: bool) -> Iterator[None]:
     """A new run that fails on what the user gave leaves no empty folder, which would refuse the corrected command."""
     try:
         yield
-    except ValueError:
+    except UserError:
         if new:
             drop_unused(folder)
         raise

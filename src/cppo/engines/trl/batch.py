@@ -59,6 +59,9 @@ def attach_rewards(output: dict[str, Any], rewards: Tensor, weights: Tensor, gro
     """Add `REWARD`, `BASELINE` (float32 ``[B]``, NaN without any score), `GROUP` (int64 ``[B]``) and `TOKENS` (bool
     ``[B, T]``) to one process's rollout batch.
 
+    Rewards travel along, since advantages do not tell them: groups with equal rewards have advantage 0 whatever the
+    reward is, and a gain estimated from the other groups alone would be of responses selected by their rewards.
+
     Parameters
     ----------
     rewards : of all processes, ``[N, F]``, a column a reward function, NaN where it gave none. weights : ``[F]``.

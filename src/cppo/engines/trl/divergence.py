@@ -96,7 +96,7 @@ class HeadDivergence:
         Raises
         ------
         RuntimeError : TRL made no pass for the old log-probabilities.
-        ValueError : another engine sampled, whose distributions are not known.
+        UserError : another engine sampled, whose distributions are not known.
         """
         rollout, self.rollout, self.collecting = self.rollout, None, False
         if rollout is None or "old_per_token_logps" not in output:

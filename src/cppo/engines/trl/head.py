@@ -45,7 +45,7 @@ def logit_changes(model: Any) -> tuple[float | None, float]:
 
     Raises
     ------
-    ValueError : a value that is not a number above 0.
+    UserError : a value that is not a number above 0.
     """
     config = model.config.get_text_config()
     values: dict[str, float] = {}

@@ -154,7 +154,7 @@ class RolloutPass:
 
         Raises
         ------
-        RuntimeError : they differ by more than rounding: the hidden states are not those that TRL scored, or its head
+        UserError : they differ by more than rounding: the hidden states are not those that TRL scored, or its head
             does something that `Head` does not.
         """
         if self._scorer is None or self.rows != self.tokens.shape[0]:

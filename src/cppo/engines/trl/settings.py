@@ -305,7 +305,7 @@ def generation_problems(config: Any, args: GRPOConfig) -> list[str]:
 
 
 #: Bounds that TRL's own clipping gets. The rule's ratio is at most e^20 = 4.9e8 (`cppo.tokens.LOG_RATIO_MAX`) and TRL's
-#: own is kept below that, too (`cppo.engines.trl.OLD_LOGP_MIN`), so that 1e9 never clips.
+#: own is kept below that, too (`cppo.engines.trl.trainer.OLD_LOGP_MIN`), so that 1e9 never clips.
 OPEN = 1e9
 
 PRESETS: Mapping[str, Any] = {
