@@ -92,7 +92,8 @@ def metrics(
     * ``divergence_mean``, ``divergence_p90``, ``divergence_max`` (rules that have one; P90 over processes is averaged);
     * ``delta_b``: mean budget per token in use; ``budget_used``: mean of S_T/(delta + delta_b W_{T-1}) at the end of
       responses;
-    * ``first_rejected_position``: mean 1-based position of the first token held back, over responses that have one;
+    * ``held_responses_fraction``: responses with a token held back; ``first_rejected_position``: mean 1-based position
+      of the first such token, over responses that have one;
     * ``ratio_mean``, ``ratio_max``; ``capped_fraction`` (rules with a ratio cap);
     * ``first_update_divergence`` if `first_update`: before any step on a rollout batch pi = mu, so this should be
       near 0; what it shows is the mismatch between the sampler's and the trainer's log-probabilities.
@@ -153,6 +154,7 @@ def metrics(
     for name in ("delta_b", "budget_used"):
         if name in total:
             out[name] = total[name] / sequences
+    out["held_responses_fraction"] = total["firsts"] / sequences
     if total["firsts"]:
         out["first_rejected_position"] = total["first"] / total["firsts"]
     if "capped" in total:

@@ -210,6 +210,7 @@ def slow(batch: Batch, verdict: Any) -> dict[str, float]:
         if value is not None:
             out[name] = float(np.mean([value[i].item() for i in filled]))
     first = [1 + int(np.isin(r, HELD).argmax()) for r in reasons if np.isin(r, HELD).any()]
+    out["held_responses_fraction"] = len(first) / max(len(filled), 1)
     if first:
         out["first_rejected_position"] = float(np.mean(first))
     if verdict.capped is not None:

@@ -194,3 +194,25 @@ def test_summary_survives_hostile_text(tmp_path: Path) -> None:
     atomic_write_text(tmp_path / "config.yaml", "model: 'a|b'\nrule: [broken")
     text = write_summary(tmp_path)
     assert "\x1b" not in text and "`````text" in text and "[[\\x1b]0;x\\x07]]ok" in text
+
+
+def train_row(update: int, held: float, responses: float) -> dict[str, object]:
+    shares = {"trust/token_limit_fraction": held / 2, "trust/clamped_fraction": held / 2, "trust/masked_fraction": held}
+    rest = {"trust/kept_fraction": 1 - held, "trust/held_responses_fraction": responses}
+    return {"step": update, "update": update, "kind": "train", **shares, **rest}
+
+
+@pytest.mark.parametrize(
+    "held, words",
+    [
+        ((0.0, 0.2, 0.1), "held back 10.0% of the tokens; it acted in 2 of 3 updates and on 20.0% of the responses"),
+        ((0.0, 0.0, 0.0), "**The rule never acted: none of 3 updates"),
+        ((0.0, 0.0, 3e-6), "**The rule held back 1e-06 of the tokens; it acted in 1 of 3 updates"),
+    ],
+)
+def test_whether_the_rule_bound_is_one_sentence(tmp_path: Path, held: tuple[float, ...], words: str) -> None:
+    for update, share in enumerate(held):
+        RunFolder(tmp_path).append_metrics(train_row(update, share, 2 * share))
+    assert words in write_summary(tmp_path)
+    atomic_write_text(tmp_path / "config.yaml", "rule: {name: none}\n")
+    assert "The rule" not in write_summary(tmp_path)

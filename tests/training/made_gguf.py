@@ -18,6 +18,8 @@ def write_gguf(path: Path, architecture: str = "llama", layers: int = 1, width: 
     """Write the file; 256 bytes, one merge, two special tokens."""
     tokens = ["<|unk|>", "<|end|>", *sorted(ByteLevel.alphabet()), "th"]
     writer = gguf.GGUFWriter(path, architecture)
+    writer.add_name("Tiny")
+    writer.add_license("apache-2.0")
     writer.add_context_length(128)
     writer.add_embedding_length(width)
     writer.add_block_count(layers)

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -15,7 +16,10 @@ from made_gguf import write_gguf
 from cppo.config.load import MODEL_RECIPE, ConfigError, load_config
 from cppo.config.settings import Prompt
 from cppo.errors import UserError
-from cppo.training.models import build_policy, load_model, load_tokenizer
+from cppo.runs.folder import RunFolder
+from cppo.runs.prepare import prepare_folder
+from cppo.training.memory import check_memory
+from cppo.training.models import build_policy, load_model, load_tokenizer, plain_sampling
 from cppo.training.prompts import PromptFormat
 from cppo.training.sources import ROUND_TRIPS, ModelSource, check_fits, check_round_trip, find_source
 
@@ -49,6 +53,35 @@ def test_a_gguf_becomes_a_model_that_can_be_saved(gguf: Path, tokenizer: Any, tm
 def test_the_policy_of_a_run_is_made_from_a_gguf(gguf: Path) -> None:
     model, tokenizer = build_policy(load_config(None, [f"model={gguf}"]), None)
     assert model.dtype == torch.float32 and tokenizer.eos_token_id == 1 and tokenizer.padding_side == "left"
+
+
+def test_a_run_names_the_model_and_its_licence(gguf: Path, tmp_path: Path) -> None:
+    told = find_source(str(gguf)).described()
+    assert told == {"model": str(gguf), "name": "Tiny", "license": "apache-2.0"}
+    folder = prepare_folder(load_config(None, [f"model={gguf}", f"output_dir={tmp_path / 'run'}"]), None, told)
+    assert RunFolder(folder).versions()["model"] == told
+
+
+def test_a_model_that_does_not_fit_is_a_sentence(gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load_model(str(gguf), torch.float32).save_pretrained(tmp_path)
+    source = find_source(str(gguf))
+    assert source.parameters == find_source(str(tmp_path)).parameters == 259 * 32 + 32 + 2 * 32 + 10 * 32 * 32
+    memory = psutil.virtual_memory()._replace(available=16 * source.parameters)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    config = load_config(None, [f"model={gguf}"])
+    check_memory(source, config)
+    memory = memory._replace(available=16 * source.parameters - 1)
+    with pytest.raises(UserError, match=r"0 million parameters need 0\.0 GB at least"):
+        check_memory(source, config)
+    check_memory(source, load_config(None, [f"model={gguf}", "peft={r: 2}"]))
+
+
+def test_a_generation_config_that_bends_sampling_is_taken_out_and_named(gguf: Path) -> None:
+    model = load_model(str(gguf), torch.float32)
+    assert plain_sampling(model) == []
+    model.generation_config.update(top_k=5, top_p=0.9, min_p=0.1, repetition_penalty=1.2, do_sample=True)
+    assert plain_sampling(model) == ["top_p=0.9", "top_k=5", "min_p=0.1", "repetition_penalty=1.2"]
+    assert plain_sampling(model) == [] and model.generation_config.eos_token_id is not None
 
 
 def test_a_gguf_inside_a_package_is_found_without_importing_it(

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import PreTrainedTokenizerFast
 
 import cppo
 import synthetic
@@ -16,6 +19,7 @@ from cppo.files import read_jsonl
 from cppo.runs.folder import RunFolder
 from cppo.runs.positions import MAX_BUCKETS, by_position
 from cppo.runs.records import judged
+from cppo.runs.samples import pick_response
 from cppo.training import recorder as recording
 from cppo.training.recorder import RunRecorder
 
@@ -204,3 +208,36 @@ def test_pieces_of_a_tokenizer_that_drops_leading_spaces(tmp_path: Path) -> None
             return " ".join(self.words[i] for i in ids)
 
     assert recording._Pieces(Words()).split([0, 1, 2, 2]) == ["the", " cat", " sat", " sat"]
+
+
+def test_pieces_of_characters_that_are_several_tokens_are_bytes() -> None:
+    """Byte-level BPE and SentencePiece's bytes: what is no whole character is written as bytes, never as U+FFFD."""
+    alphabet = sorted(ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={sign: i for i, sign in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    assert recording._Pieces(fast).split(fast("a é\n")["input_ids"]) == ["a", " ", "\\xc3", "\\xa9", "\n"]
+
+    class SentencePiece:
+        def convert_ids_to_tokens(self, token: int) -> str:
+            return ("<0xE2>", "x")[token]
+
+        def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+            return "".join(("\ufffd", "x")[token] for token in ids)
+
+    assert recording._Pieces(SentencePiece()).split([1, 0, 1]) == ["x", "\\xe2", "x"]
+
+
+def test_a_response_with_loss_tokens_is_sampled_and_shown_before_one_without(tmp_path: Path) -> None:
+    """Groups with equal rewards have no loss token: where nothing is held back, they must not be the ones shown."""
+    batch, inputs = synthetic.minibatch(rows=8)
+    mask = batch.mask.clone()
+    mask[:6] = False
+    batch = cppo.TokenBatch(batch.policy_logp, batch.policy_logp, batch.advantages, mask)
+    record = recording.RunRecorder(tmp_path, synthetic.CharTokenizer(), every=1, count=3)
+    record(batch, cppo.NoTrustRegion()(batch), inputs, 0)
+    record.end_of_step(1)
+    found = RunFolder(tmp_path).samples()
+    assert [row["row"] for row in found] == [6, 7, 0]
+    shown = pick_response(sorted(found, key=lambda row: len(row["tokens"])))
+    assert shown is not None and any(shown["mask"])

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from cppo.divergence import BINARY
+from cppo.engines.sampling import SAMPLING
 
 if TYPE_CHECKING:
     from cppo.config.settings import Settings
@@ -51,14 +52,6 @@ OWN_KEYS: Mapping[str, str] = {
     "epsilon": "rule=ppo_clip and its parameters",
     "epsilon_high": "rule=ppo_clip and its parameters",
     "delta": "rule.ratio_cap",
-}
-
-#: Arguments of GRPOConfig that bend the distribution from which rollouts are sampled, with their neutral values.
-SAMPLING: Mapping[str, tuple[object, ...]] = {
-    "top_p": (None, 1, 1.0),
-    "top_k": (None, 0, -1),
-    "min_p": (None, 0, 0.0),
-    "repetition_penalty": (None, 1, 1.0),
 }
 
 #: The largest learning rate of a warm-up that starts from trained weights.
@@ -191,7 +184,7 @@ def _trl(config: Settings) -> Iterator[str]:
     for key, value in config.trl.items():
         if key in OWN_KEYS:
             yield f"trl.{key} is {value!r}, but it follows from {OWN_KEYS[key]}. Remove trl.{key}."
-        elif key in SAMPLING and value not in SAMPLING[key]:
+        elif key in SAMPLING and not SAMPLING[key](value):
             yield (
                 f"trl.{key} is {value!r}: training rollouts are sampled from the full softmax, since truncated "
                 f"sampling breaks every ratio and divergence. Remove trl.{key} (the evaluation's own top-p is "

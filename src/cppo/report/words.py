@@ -7,11 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cppo.config import yaml_io
-from cppo.report.curves import by_step
 from cppo.report.source import FINISHED, RunFiles, Source
 from cppo.rules import Reason
 from cppo.rules.base import HELD
-from cppo.runs.records import before_and_after, benchmarks, best_evaluation, judged
+from cppo.runs.records import acted, before_and_after, benchmarks, best_evaluation
 from cppo.show.progress import duration
 from cppo.show.tables import Cells
 from cppo.study.results import MEAN, Results, RunRecord, VariantSummary
@@ -103,9 +102,9 @@ def _run_headlines(run: RunFiles) -> list[str]:
                 f"Avg@{k} on held-out problems went from {100 * start:.1f}% (step {before['step']}) to "
                 f"{100 * end:.1f}% (step {after['step']})."
             )
-    masked = by_step(judged(run.rows("train")), "trust/masked_fraction")
-    if masked:
-        lines.append(f"The rule held back {100 * sum(masked.values()) / len(masked):.2f}% of the loss tokens.")
+    found = acted(run.rows("train"))
+    if found is not None and (run.rule is None or run.rule.name != "none"):
+        lines.append(found.sentence())
     return lines
 
 

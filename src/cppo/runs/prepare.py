@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,8 @@ from cppo.runs.checkpoints import Checkpoints
 from cppo.runs.folder import RunFolder
 
 
-def prepare_folder(config: Config, resume: Path | None) -> Path:
-    """Make the folder of a new run, or check the one to resume.
+def prepare_folder(config: Config, resume: Path | None, model: Mapping[str, str] | None = None) -> Path:
+    """Make the folder of a new run, or check the one to resume. model : where it comes from, for versions.json.
 
     Raises
     ------
@@ -49,7 +49,8 @@ def prepare_folder(config: Config, resume: Path | None) -> Path:
         with _as_sentence(f"output_dir={folder}"):
             folder.mkdir(parents=True, exist_ok=True)
     run = RunFolder(folder)
-    files.atomic_write_json(run.versions_file, versions())
+    source = {} if model is None else {"model": dict(model)}
+    files.atomic_write_json(run.versions_file, versions() | source)
     files.atomic_write_text(run.config_file, config.to_yaml())
     return folder
 

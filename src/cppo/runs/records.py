@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from cppo.rules import Reason
+from cppo.rules.base import HELD
 
 Row = Mapping[str, Any]
 
@@ -25,6 +27,55 @@ def judged(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
         and row.get("trust/masked_fraction") is not None
         and any(row.get(name) for name in names)
     ]
+
+
+#: A rule that holds back less than this share of the tokens hardly differs from no rule.
+HARDLY = 1e-3
+
+
+@dataclass(frozen=True)
+class Acted:
+    """On what the rule acted (held a token back): shares of loss tokens and of responses (None: not logged), and
+    updates, of those in which it saw a token.
+    """
+
+    tokens: float
+    responses: float | None
+    updates: int
+    of: int
+
+    @property
+    def warns(self) -> bool:
+        """Whether the run hardly differs from one without a trust region."""
+        return self.tokens < HARDLY
+
+    def sentence(self) -> str:
+        """Whether the rule bound at all, in plain words."""
+        if not self.updates:
+            return (
+                f"The rule never acted: none of {self.of} updates had a token held back, so this run is the one "
+                "without a trust region. If it was meant to act, lower its limits (rule.delta=auto finds some), or "
+                "make more updates of each rollout batch."
+            )
+        responses = "" if self.responses is None else f" and on {self.responses:.1%} of the responses"
+        share = f"{self.tokens:.2g}" if self.warns else f"{self.tokens:.1%}"
+        text = f"The rule held back {share} of the tokens; it acted in {self.updates} of {self.of} updates{responses}."
+        return f"{text} So little hardly differs from no trust region." if self.warns else text
+
+
+def acted(rows: Sequence[Row]) -> Acted | None:
+    """On what the rule of a run acted, from its training rows; None where no update had a loss token."""
+    seen = judged(rows)
+    if not seen:
+        return None
+    held = [sum(float(row.get(f"trust/{reason.key}_fraction") or 0) for reason in HELD) for row in seen]
+    touched = [row["trust/held_responses_fraction"] for row in seen if "trust/held_responses_fraction" in row]
+    return Acted(
+        sum(held) / len(held),
+        sum(touched) / len(touched) if touched else None,
+        sum(share > 0 for share in held),
+        len(held),
+    )
 
 
 def before_and_after(rows: Sequence[Row]) -> tuple[Row | None, Row | None]:

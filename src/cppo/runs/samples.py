@@ -45,8 +45,14 @@ def held_back(record: Record) -> int:
 
 
 def pick_response(records: Sequence[Record]) -> Record | None:
-    """The response that shows most: the most held-back tokens, then the shorter one, then the first."""
-    return min(records, key=lambda record: (-held_back(record), len(record["tokens"])), default=None)
+    """The response that shows most: the most held-back tokens, then one with loss tokens at all, then the shorter one,
+    then the first.
+    """
+
+    def order(record: Record) -> tuple[int, bool, int]:
+        return -held_back(record), all(reason == "outside" for reason in record["reason"]), len(record["tokens"])
+
+    return min(records, key=order, default=None)
 
 
 def printable(text: str) -> str:

@@ -20,7 +20,7 @@ from cppo.rules import Reason
 from cppo.rules.base import HELD
 from cppo.runs.calibration import read_calibration, show
 from cppo.runs.folder import RunFolder
-from cppo.runs.records import before_and_after, benchmarks, best_evaluation, judged
+from cppo.runs.records import acted, before_and_after, benchmarks, best_evaluation, judged
 from cppo.runs.samples import legend, mark_response, pick_response, printable
 from cppo.show.progress import duration
 from cppo.show.tables import Cells
@@ -51,10 +51,11 @@ def write_summary(folder: str | Path) -> str:
         "## Accuracy on held-out problems",
         _accuracy(run, rows),
         "## What the trust region did",
+        _bound(run, rows),
         _trust(rows),
         _excerpt(run),
         "## Time",
-        _time(rows),
+        _time(run, rows),
         "## Where things are, and what to type next",
         _where(run, rows),
     ]
@@ -171,6 +172,14 @@ def _values(rows: Sequence[Row], *keys: str) -> list[float]:
     return [float(value) for value in found if value is not None]
 
 
+def _bound(run: RunFolder, rows: Sequence[Row]) -> str:
+    """Whether the rule bound at all; "" where there is no rule or nothing to judge."""
+    found = acted(rows)
+    if found is None or _described(_config(run).get("rule")).startswith("none"):
+        return ""
+    return f"**{found.sentence()}**" if found.warns else found.sentence()
+
+
 def _trust(rows: Sequence[Row]) -> str:
     train = [row for row in rows if row.get("kind") == "train"]
     if not train:
@@ -249,24 +258,47 @@ def _times(rows: Sequence[Row]) -> dict[str, float]:
                 by_step[int(row["step"])].append(float(value))
             elif key.startswith("time/") and key not in NOT_ADDITIVE and isinstance(value, int | float):
                 sums[key.removeprefix("time/")] += value
-    for first, *others in by_step.values():
-        if others:
-            update = statistics.median(others)
-            sums["rollouts (first update of each batch less the median of its others)"] += max(0.0, first - update)
-            sums["updates"] += sum(others) + min(first, update)
-        else:
-            sums["rollouts and updates"] += first
+    names = {"rollout": "rollouts (first update of each batch less the median of its others)"}
+    for seconds in by_step.values():
+        for part, spent in _split(seconds).items():
+            sums[names.get(part, part)] += spent
     return sums
 
 
-def _time(rows: Sequence[Row]) -> str:
+def _split(seconds: Sequence[float]) -> dict[str, float]:
+    """Rollout and updates of one rollout batch, from the seconds of its updates."""
+    first, *others = seconds
+    if not others:
+        return {"rollouts and updates": first}
+    update = statistics.median(others)
+    return {"rollout": max(0.0, first - update), "updates": sum(others) + min(first, update)}
+
+
+def split_seconds(seconds: Sequence[float]) -> dict[str, str]:
+    """The same as words, for the line of a step."""
+    return {part: duration(spent) for part, spent in _split(seconds).items()} if sum(seconds) else {}
+
+
+def _tokens_per_second(config: Mapping[str, Any], rows: Sequence[Row]) -> float | None:
+    """Tokens of responses over the time of rollouts and updates."""
+    rollout = config.get("rollout") or {}
+    each = (rollout.get("prompts") or 0) * (rollout.get("responses") or 0)
+    train = [row for row in rows if row.get("kind") == "train"]
+    tokens = each * sum(_values(train, "completions/mean_length"))
+    spent = sum(_values(train, STEP_TIME))
+    return tokens / spent if tokens and spent else None
+
+
+def _time(run: RunFolder, rows: Sequence[Row]) -> str:
     sums = _times(rows)
     total = sum(sums.values())
     if total <= 0:
         return "No times were logged."
     ordered = sorted(sums.items(), key=lambda part: -part[1])
     lines = [(name, duration(spent), f"{spent / total:.0%}") for name, spent in ordered]
-    return _table(("part", "time", "share"), [*lines, ("all of these", duration(total), "100%")])
+    text = _table(("part", "time", "share"), [*lines, ("all of these", duration(total), "100%")])
+    speed = _tokens_per_second(_config(run), rows)
+    return text if speed is None else f"{text}\n\nRollouts and updates together: {speed:.3g} response tokens a second."
 
 
 def _where(run: RunFolder, rows: Sequence[Row]) -> str:

@@ -165,7 +165,7 @@ def held_out(task: Task, config: Config) -> dict[str, Sequence[Example]]:
 
 def evaluate_model(model: str, config: Config, progress: RunProgress | None = None) -> dict[str, Any]:
     """Load a model (folder or hub id) and evaluate it with the task and the settings of `config`."""
-    from cppo.training.models import evaluation_dtype, load_model, load_tokenizer
+    from cppo.training.models import evaluation_dtype, load_model, load_tokenizer, plain_sampling
 
     device = start_processes().device
     disable_progress_bar()  # transformers' own, for each file it reads
@@ -173,6 +173,7 @@ def evaluate_model(model: str, config: Config, progress: RunProgress | None = No
     benchmarks = held_out(task, config)
     tokenizer = load_tokenizer(model)
     policy = load_model(model, evaluation_dtype()).to(device)
+    plain_sampling(policy)  # as a run does: the same weights score the same
     total = sum(map(len, benchmarks.values())) * config.evaluation.samples
     done = 0
 

@@ -24,6 +24,7 @@ from transformers import (
 
 from cppo import files
 from cppo.config.load import Config
+from cppo.engines.sampling import SAMPLING
 from cppo.errors import UserError
 from cppo.runs.folder import RunFolder
 from cppo.training.sources import ModelSource, check_fits, check_round_trip, find_source
@@ -183,6 +184,21 @@ def _load_gguf(source: ModelSource, dtype: torch.dtype) -> PreTrainedModel:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+def plain_sampling(model: PreTrainedModel) -> list[str]:
+    """Take out of the model's generation_config what bends the distribution that is sampled from; says what it was.
+
+    transformers falls back to these options for each that a caller leaves open, so that rollouts would come from
+    another distribution than the one that is scored, and an evaluation would not be what its settings say.
+    """
+    config, found = model.generation_config, []
+    for name, neutral in SAMPLING.items():
+        value = getattr(config, name, None)
+        if not neutral(value):
+            found.append(f"{name}={value!r}")
+            setattr(config, name, None)
+    return found
 
 
 def evaluation_dtype() -> torch.dtype:

@@ -11,12 +11,14 @@ Schemas: docs/runs.md.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from cppo import files
 from cppo.engines.support import BASELINE, GROUP, REWARD, TOKENS
@@ -27,6 +29,11 @@ from cppo.runs.certificates import Responses, certificate_row
 from cppo.runs.folder import RunFolder
 from cppo.runs.positions import by_position
 from cppo.tokens import TokenBatch
+
+#: The character of each byte in the tokens of byte-level tokenizers (GPT-2's table), turned round.
+BYTES: dict[str, int] = {sign: byte for byte, sign in bytes_to_unicode().items()}
+#: What a decoder gives for bytes that are no whole character.
+REPLACEMENT = "\ufffd"
 
 
 class Decoder(Protocol):
@@ -166,11 +173,11 @@ class RunRecorder:
         return row | by_position(positions, values, held)
 
     def _samples(self, step: int) -> list[dict[str, Any]]:
-        order: list[tuple[bool, int, int]] = []
+        order: list[tuple[int, int, int]] = []
         for number, call in enumerate(self._calls):
-            held = held_back(call.reason.cpu()).any(-1)
-            order += [(not flag, number, row) for row, flag in enumerate(held.tolist())]
-        # first the first rows in which a token is held back, then the first of the others
+            told = held_back(call.reason.cpu()).any(-1).int() + call.mask.cpu().any(-1).int()
+            order += [(-value, number, row) for row, value in enumerate(told.tolist())]
+        # first rows in which a token is held back, then others with loss tokens, then those of dropped groups
         chosen = sorted(order)[: self.count]
         offsets = [0]
         for call in self._calls:
@@ -234,6 +241,18 @@ class _Pieces:
         self._tokenizer = tokenizer
         self._single: dict[int, str] = {}
 
+    def _alone(self, token: int) -> str:
+        """A token by itself; what is part of a character as bytes, such as ``\\xe2``."""
+        piece = self.text([token])
+        name = getattr(self._tokenizer, "convert_ids_to_tokens", lambda _: None)(token)
+        if REPLACEMENT not in piece or not isinstance(name, str):
+            return piece
+        if found := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", name):  # SentencePiece's bytes
+            return f"\\x{found[1].lower()}"
+        if not set(name) <= BYTES.keys():
+            return piece
+        return bytes(BYTES[sign] for sign in name).decode("utf-8", "backslashreplace")
+
     def text(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=False)) if ids else ""
 
@@ -241,12 +260,12 @@ class _Pieces:
         pieces: list[str] = []
         for at, token in enumerate(ids):
             if token not in self._single:
-                self._single[token] = self.text([token])
+                self._single[token] = self._alone(token)
             piece = self._single[token]
             if at:
                 # SentencePiece-like tokenizers drop the space before a token that is decoded alone
                 before, pair = self._single[ids[at - 1]], self.text([ids[at - 1], token])
-                if before and pair.startswith(before) and len(pair) > len(before):
+                if before and REPLACEMENT not in pair and pair.startswith(before) and len(pair) > len(before):
                     piece = pair[len(before) :]
             pieces.append(piece)
         return pieces

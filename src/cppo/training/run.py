@@ -46,20 +46,22 @@ from cppo.runs.checkpoints import Checkpoints
 from cppo.runs.folder import RunFolder
 from cppo.runs.plots import write_plots
 from cppo.runs.prepare import drop_unused, latest_state, prepare_folder
-from cppo.runs.records import before_and_after, best_evaluation, judged
+from cppo.runs.records import acted, before_and_after, best_evaluation, judged
 from cppo.runs.samples import render_sample
-from cppo.runs.summary import write_summary
+from cppo.runs.summary import split_seconds, write_summary
 from cppo.show.progress import RunProgress, accuracy_table
 from cppo.tasks import Task, make_task
 from cppo.training.arguments import observers, peft_config, reward_function, sampler_of
 from cppo.training.calibration import Calibration
 from cppo.training.callbacks import NonFiniteGuard, SaveOnBoundary, StopRequest, split_clock
 from cppo.training.evaluate import evaluate, held_out
-from cppo.training.models import build_policy, load_checkpoint, load_tokenizer, save_best
+from cppo.training.memory import check_memory
+from cppo.training.models import build_policy, load_checkpoint, load_tokenizer, plain_sampling, save_best
 from cppo.training.processes import any_process, from_main, is_sharded, start_processes, whole_weights
 from cppo.training.prompts import PromptFormat
 from cppo.training.recorder import RunRecorder
 from cppo.training.saving import SavePolicy, check_space, state_bytes
+from cppo.training.sources import find_source
 from cppo.training.trackers import check_trackers, tensorboard_in
 from cppo.training.warmup import logging_steps, warmup_trainer
 
@@ -276,7 +278,11 @@ def train(config: Config, resume: Path | None = None, console: Console | None = 
     check_trackers(config.report_to)
     task = make_task(config.task.name, **config.task.options)
     held_out(task, config)  # before a folder is made: a wrong task leaves nothing behind
-    folder = from_main(prepare_folder(config, resume) if process.is_main_process else Path())
+    source = None if config.model == "tiny" or resume is not None else find_source(config.model)
+    if source is not None and process.num_processes == 1 and process.device.type == "cpu":
+        check_memory(source, config)
+    told = None if source is None else source.described()
+    folder = from_main(prepare_folder(config, resume, told) if process.is_main_process else Path())
     progress = RunProgress(console, results=folder)
     stop = StopRequest(
         lambda: progress.note("Stopping at the end of this rollout batch, with a checkpoint (Ctrl-C again: at once).")
@@ -287,6 +293,11 @@ def train(config: Config, resume: Path | None = None, console: Console | None = 
         rows = latest_state(run.folder, run.checkpoints, run.warmup_checkpoints) if process.is_main_process else []
         evaluated = from_main({row["step"] for row in rows if row["kind"] == "evaluation"})
         model, tokenizer = run.policy()
+        if dropped := plain_sampling(model):
+            progress.note(
+                f"The model's generation_config has {', '.join(dropped)}: left out, also of what is saved, since "
+                "rollouts come from the full softmax and evaluation has settings of its own."
+            )
         if run.main and config.peft is None:  # an adapter's checkpoints are small
             check_space(folder, *state_bytes(model), config.keep_checkpoints)
         resumed = run.checkpoints.latest()
@@ -343,6 +354,8 @@ def finish(run: Run, console: Console) -> RunResult:
     before, after = (dict(row or {}) for row in before_and_after(rows))
     best = dict(best_evaluation(rows) or {})
     render_sample(run.folder, console)
+    if (found := acted(run.files.metrics("train"))) is not None and run.config.rule.name != "none":
+        console.print(found.sentence(), style="bold" if found.warns else None, highlight=False, soft_wrap=True)
     console.print(accuracy_table(before, after))
     console.print(
         f"Best validation score: Avg@{run.config.evaluation.samples} {best['avg/mean']:.3f} at step {best['step']} "
@@ -400,6 +413,8 @@ class StepCallback(TrainerCallback):
         self.saving = SavePolicy(run.config.save_every, state_bytes(trainer.model)[1])
         self.figures: dict[str, Any] = {}
         self.masked: list[float] = []
+        self.seconds: list[float] = []  # of each update; the first holds the rollout, too
+        self.tokens = 0.0
         self.told_all_equal = False
 
     def on_log(
@@ -421,12 +436,22 @@ class StepCallback(TrainerCallback):
             self.run.progress.note(f"Warning, step {step}: {ALL_EQUAL}")
         if "reward" in row:
             self.figures["reward"] = row["reward"]
+        if "completions/mean_length" in row:
+            batch = self.run.config.rollout
+            self.tokens = float(row["completions/mean_length"]) * batch.prompts * batch.responses
+        self.seconds.append(float(row.get("time/step_time", 0.0)))
         self.masked += [float(seen["trust/masked_fraction"]) for seen in judged([{**row, "kind": "train"}])]
         if state.global_step % updates == 0:
             skipped = {"skipped": self.guard.skipped} if self.guard.skipped else {}
             figures = {**self.figures, "masked": sum(self.masked) / max(len(self.masked), 1), **skipped}
-            self.run.progress.advance(1, **figures)
+            self.run.progress.advance(1, **figures, **split_seconds(self.seconds), **self.speed())
             self.masked.clear()
+            self.seconds.clear()
+
+    def speed(self) -> dict[str, str]:
+        """Tokens of responses a second, over rollout and updates."""
+        spent = sum(self.seconds)
+        return {"tokens/s": f"{self.tokens / spent:.3g}"} if self.tokens and spent else {}
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         config, run = self.run.config, self.run

@@ -9,16 +9,22 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 from cppo.errors import UserError
 
 PACKAGE = "package:"
 #: A GGUF file begins with this.
 MAGIC = b"GGUF"
+#: What a GGUF file may say of itself, under "general.".
+ABOUT = ("name", "organization", "license")
 #: Texts whose way through a tokenizer and back shows whether it was rebuilt rightly: spaces, digits, lines, accents.
 ROUND_TRIPS = ("The answer is 42.", "12 + 34 - 5 = 41", "a  b\n\n\tc", "naïve café", "def f(x):\n    return x * 2\n")
 
@@ -28,13 +34,21 @@ class ModelSource:
     """A model as transformers is told to load it.
 
     given : what the user wrote. place : a folder or a hub id. gguf : the file in `place`, None: not a GGUF.
-    package : the installed distribution that brings the file, for `versions.json`; None: not from a package.
+    package : the installed distribution that brings the file; None: not from a package. about : what a GGUF file says
+    of itself: name, organization, license. parameters : how many; None: the files do not tell, or a hub id.
     """
 
     given: str
     place: str
     gguf: str | None = None
     package: str | None = None
+    about: Mapping[str, str] = field(default_factory=dict)
+    parameters: int | None = None
+
+    def described(self) -> dict[str, str]:
+        """Where the model comes from and under which licence, for `versions.json`."""
+        package = {} if self.package is None else {"package": self.package}
+        return {"model": self.given, **package, **self.about}
 
     @property
     def path(self) -> Path | None:
@@ -60,7 +74,9 @@ def find_source(model: str) -> ModelSource:
         return _gguf(model, path)
     if model.endswith(".gguf"):
         raise UserError(f"model={model}: there is no such file.")
-    return ModelSource(model, str(path) if path.exists() else model)
+    if not path.is_dir():
+        return ModelSource(model, model)
+    return ModelSource(model, str(path), parameters=_parameters(path))
 
 
 def _file_in_package(model: str) -> tuple[str, Path]:
@@ -101,12 +117,13 @@ def _gguf(given: str, path: Path, package: str | None = None) -> ModelSource:
         )
     if importlib.util.find_spec("gguf") is None:
         raise UserError(f"model={given}: reading a GGUF file needs the package gguf: pip install 'cppo[models]'.")
-    check_whole(given, path)
-    return ModelSource(given, str(path.parent), path.name, package)
+    about, parameters = check_whole(given, path)
+    return ModelSource(given, str(path.parent), path.name, package, about, parameters)
 
 
-def check_whole(given: str, path: Path) -> None:
-    """Refuse a GGUF file that ends before its last tensor does: a download that was cut off.
+def check_whole(given: str, path: Path) -> tuple[dict[str, str], int]:
+    """What a GGUF file says of itself (`ABOUT`), and its number of parameters. Refuses one that ends before its last
+    tensor does: a download that was cut off.
 
     Raises
     ------
@@ -115,7 +132,10 @@ def check_whole(given: str, path: Path) -> None:
     from gguf import GGUFReader
 
     try:
-        tensors = GGUFReader(path).tensors
+        reader = GGUFReader(path)
+        tensors = reader.tensors
+        found = {name: reader.get_field(f"general.{name}") for name in ABOUT}
+        about = {name: str(value.contents()) for name, value in found.items() if value is not None}
         end = max((int(tensor.data_offset) + int(tensor.n_bytes) for tensor in tensors), default=0)
     except Exception as error:  # the reader raises what numpy raises where bytes are missing
         raise UserError(f"model={given}: {path.name} cannot be read, it is cut off or damaged ({error}).") from error
@@ -124,6 +144,19 @@ def check_whole(given: str, path: Path) -> None:
             f"model={given}: {path.name} is cut off: it has {path.stat().st_size:,} bytes and needs {end:,}. Fetch it "
             "again."
         )
+    return about, sum(int(tensor.n_elements) for tensor in tensors)
+
+
+def _parameters(folder: Path) -> int | None:
+    """Parameters in the safetensors files of a folder, from their headers; None where there are none, or damaged."""
+    total = 0
+    try:
+        for path in folder.glob("*.safetensors"):
+            with safe_open(path, framework="pt") as file:
+                total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    except (OSError, SafetensorError):  # loading says what is wrong
+        return None
+    return total or None
 
 
 def check_round_trip(given: str, tokenizer: Any) -> None:
