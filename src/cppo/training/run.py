@@ -51,6 +51,7 @@ from cppo.runs.samples import render_sample
 from cppo.runs.summary import split_seconds, write_summary
 from cppo.show.progress import RunProgress, accuracy_table
 from cppo.tasks import Task, make_task
+from cppo.tasks.chance import check_chance
 from cppo.training.arguments import observers, peft_config, reward_function, sampler_of
 from cppo.training.calibration import Calibration
 from cppo.training.callbacks import NonFiniteGuard, SaveOnBoundary, StopRequest, split_clock
@@ -277,7 +278,9 @@ def train(config: Config, resume: Path | None = None, console: Console | None = 
     console = console or Console(quiet=not process.is_main_process)
     check_trackers(config.report_to)
     task = make_task(config.task.name, **config.task.options)
-    held_out(task, config)  # before a folder is made: a wrong task leaves nothing behind
+    # before a folder is made: a wrong task leaves nothing behind
+    benchmarks = held_out(task, config).values()
+    chances = [] if resume is not None else [check_chance(task, problems) for problems in benchmarks]
     source = None if config.model == "tiny" or resume is not None else find_source(config.model)
     if source is not None and process.num_processes == 1 and process.device.type == "cpu":
         check_memory(source, config)
@@ -289,6 +292,8 @@ def train(config: Config, resume: Path | None = None, console: Console | None = 
     )
     with progress, stop, _interruptible(folder), _undone(folder, new=resume is None and process.is_main_process):
         progress.note(f"Results go to {folder}")
+        for said in filter(None, chances):
+            progress.note(said)
         run = Run(config, task, folder, progress, stop)
         rows = latest_state(run.folder, run.checkpoints, run.warmup_checkpoints) if process.is_main_process else []
         evaluated = from_main({row["step"] for row in rows if row["kind"] == "evaluation"})
