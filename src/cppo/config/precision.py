@@ -6,6 +6,7 @@ Of forward and backward alone: weights, optimizer and everything that a rule see
 from __future__ import annotations
 
 import time
+from contextlib import AbstractContextManager
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -38,6 +39,13 @@ def choose(settings: Settings, gpu: bool) -> Precision:
     if settings.model == "tiny":
         return Precision(False, "model=tiny")
     return Precision(True, "a GPU") if gpu else processor()
+
+
+def autocast(settings: Settings, device: str) -> AbstractContextManager[object]:
+    """A context in which a model computes as in the forward pass of training. device : "cpu", "cuda"."""
+    import torch
+
+    return torch.autocast(device, torch.bfloat16, enabled=choose(settings, gpu=device == "cuda").bfloat16)
 
 
 @lru_cache(maxsize=1)

@@ -15,6 +15,7 @@ from accelerate import PartialState
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
+from cppo.config.precision import autocast
 from cppo.errors import UserError
 from cppo.tasks import Example, Task, make_task
 from cppo.training.processes import from_all, start_processes
@@ -112,19 +113,21 @@ def evaluate(
         share = list(examples[rank::size])
         # equal shares, so that sharded models make the same number of passes on every process
         filled = share + [examples[0]] * (-(-len(examples) // size) - len(share))
-        responses = sample_responses(
-            model,
-            tokenizer,
-            [prompts.ids(example.prompt) for example in filled],
-            samples=settings.samples,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            max_new_tokens=settings.max_new_tokens or config.rollout.max_new_tokens,
-            batch_size=settings.batch_size,
-            seed=config.seed + 1_000_003 * rank,
-            on_batch=None if on_batch is None else lambda n, offset=offset: on_batch(offset + n * size),  # type: ignore[misc]
-            together=together,
-        )
+        # In training's precision, also before it: else the same weights would score differently before and after.
+        with autocast(config, process.device.type):
+            responses = sample_responses(
+                model,
+                tokenizer,
+                [prompts.ids(example.prompt) for example in filled],
+                samples=settings.samples,
+                temperature=settings.temperature,
+                top_p=settings.top_p,
+                max_new_tokens=settings.max_new_tokens or config.rollout.max_new_tokens,
+                batch_size=settings.batch_size,
+                seed=config.seed + 1_000_003 * rank,
+                on_batch=None if on_batch is None else lambda n, offset=offset: on_batch(offset + n * size),  # type: ignore[misc]
+                together=together,
+            )
         done += len(examples) * settings.samples
         pairs = [(example, text) for example, texts in zip(share, responses, strict=False) for text in texts]
         flat = [score for part in from_all(score_all(task, pairs)) for score in part]

@@ -116,3 +116,19 @@ def test_where_a_batch_gets_one_update_no_later_pass_takes_what_was_recorded() -
 def test_what_it_cannot_do_is_a_sentence(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
         trainer(make("cppo", "topk_tv"), **settings)
+
+
+def test_in_bfloat16_the_anchor_is_what_was_sampled_from() -> None:
+    """Rollouts are computed as the updates are: weights rounded once a batch, log-probabilities float32."""
+    run = trainer(make("cppo", "topk_tv"), sampler="own", bf16=True)
+    rounded: list[torch.dtype] = []
+    policy = run.accelerator.unwrap_model(run.model)
+    hook = policy.lm_head.register_forward_hook(lambda module, inputs, output: rounded.append(output.dtype))
+    inputs, mu = rollout_and_drift(run, scale=0.0)
+    hook.remove()
+    assert set(rounded) == {torch.bfloat16} and inputs["old_per_token_logps"].dtype == torch.float32
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        logp = log_softmax(mu, inputs).gather(-1, inputs["completion_ids"][..., None])[..., 0]
+    mask = inputs["completion_mask"].bool()
+    gap = (inputs["old_per_token_logps"] - logp)[mask].abs()
+    assert 0 < float(gap.max()) < 0.05  # another order of sums, rounded

@@ -262,15 +262,17 @@ class TrustRegionTrainer(GRPOTrainer):
         if images is not None:
             raise UserError("sampler='own' samples texts alone, and these prompts hold images. Set sampler='trl'.")
         divergence = self._trust_divergence
-        sampled = sample(
-            self.accelerator.unwrap_model(self.model),
-            prompt_ids,
-            max_new_tokens=self.max_completion_length,
-            temperature=self.temperature,
-            ends=self.eos_token_ids,
-            pad=self._tokenizer.pad_token_id,
-            top_k=0 if divergence is None else divergence.sampled_top_k,
-        )
+        # With bf16 each forward would round all weights anew; one context around all of them keeps the rounded copy.
+        with self.accelerator.autocast():
+            sampled = sample(
+                self.accelerator.unwrap_model(self.model),
+                prompt_ids,
+                max_new_tokens=self.max_completion_length,
+                temperature=self.temperature,
+                ends=self.eos_token_ids,
+                pad=self._tokenizer.pad_token_id,
+                top_k=0 if divergence is None else divergence.sampled_top_k,
+            )
         # TRL makes a pass for old log-probabilities where a batch gets several updates; it takes what was recorded,
         # unless mu's hidden states are needed. Where TRL makes none, no other pass may take it.
         several = self.args.gradient_accumulation_steps % (self.args.steps_per_generation * self.num_iterations)
