@@ -1,7 +1,8 @@
 """What constant answers score: a task that rewards one fixed text on every problem teaches that text.
 
 Several of reasoning_gym's scorers do (findings/reasoning_gym_constant_answers.sh: `coin_flip` takes "0" for every
-probability, since all begin with it), and a small task may have one right answer. Reinforcement learning finds such a text at once and its reward is 1.
+probability, since all begin with it), and a small task may have one right answer. Reinforcement learning finds such a
+text at once and its reward is 1.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ def observers(*several: Observer) -> Observer | None:
         for observer in several:
             observer(batch, verdict, inputs, update)
 
+    observe.last_update_whole = True  # type: ignore[attr-defined]  # certificates are of the last update
     return observe if several else None
 
 

@@ -185,6 +185,47 @@ def test_zero_spread_groups_leave_the_loss_and_the_denominators(loss_type: str) 
         torch.testing.assert_close(mine[name], gradient, rtol=2e-3, atol=1e-5 * largest, msg=name)
 
 
+@pytest.mark.parametrize("kind", ["topk_tv", "adaptive_tv"])
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo"])
+def test_what_is_not_computed_changes_nothing(loss_type: str, kind: str) -> None:
+    """Without an observer responses without loss tokens are cut out; loss, gradient and metrics are the same."""
+    found = []
+    for observer in (None, lambda *_: None):
+        run = trainer(make("cppo", kind), reward=mixed_reward, loss_type=loss_type, observer=observer)
+        rollout_and_drift(run)
+        rows: list[int] = []
+        handle = run.model.register_forward_pre_hook(
+            lambda *a, rows=rows: rows.append(len(a[-1]["input_ids"])), with_kwargs=True
+        )
+        run._metrics["train"].clear()
+        loss = sum(run._compute_loss(run.model, inputs) for inputs in run._buffered_inputs)
+        handle.remove()
+        stats = {name: values for name, values in run._metrics["train"].items() if name.startswith("trust/")}
+        found.append((float(loss), gradients(run.model, loss), stats, rows))
+    (loss, mine, stats, few), (whole, reference, all_stats, every) = found
+    assert sum(few) < sum(every) and loss == pytest.approx(whole, rel=1e-4)
+    largest = max(float(g.abs().max()) for g in reference.values())
+    for name, gradient in reference.items():
+        torch.testing.assert_close(mine[name], gradient, rtol=2e-3, atol=1e-5 * largest, msg=name)
+    assert stats.keys() == all_stats.keys()
+    for name, values in stats.items():
+        assert values == pytest.approx(all_stats[name], rel=1e-4, abs=1e-6), name
+
+
+def test_an_observer_sees_every_response_of_the_last_update() -> None:
+    seen: list[tuple[int, int]] = []
+
+    def observer(batch: Any, verdict: Any, inputs: Any, update: int) -> None:
+        seen.append((update, len(inputs["completion_ids"])))
+
+    observer.last_update_whole = True  # type: ignore[attr-defined]
+    trainer(make("cppo", "binary_tv"), reward=mixed_reward, observer=observer).train()
+    last = max(update for update, _ in seen)
+    whole = max(rows for _, rows in seen)
+    assert last > 0 and all(rows == whole for update, rows in seen if update == last)
+    assert any(rows < whole for update, rows in seen if update < last)
+
+
 def test_kl_term_has_the_same_denominator(tmp_path: Any) -> None:
     """beta > 0: the KL to the reference is averaged over the kept responses, too."""
     model().save_pretrained(tmp_path)

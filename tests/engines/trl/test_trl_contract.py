@@ -100,7 +100,8 @@ class TRL(contract.Engine):
 @pytest.fixture(scope="module", autouse=True)
 def engine() -> Iterator[None]:
     """A real trainer whose policy's log-probabilities are those of the samples."""
-    TRL.trainer = trainer(cppo.NoTrustRegion(), loss_type="dapo")
+    # An observer may look at every response: those without loss tokens stay in the minibatch.
+    TRL.trainer = trainer(cppo.NoTrustRegion(), loss_type="dapo", observer=lambda *_: None)
     TRL.trainer.model.train()
     TRL.trainer.current_gradient_accumulation_steps = 1
 

@@ -55,6 +55,37 @@ def drop_zero_spread(
     return dropped_groups / groups
 
 
+def rows_with_loss(inputs: dict[str, Any], loss_type: str) -> dict[str, Any]:
+    """A minibatch without the responses that have no loss token: their forward and backward would be for nothing.
+
+    The loss stays what it is: `dapo` and `bnpo` count loss tokens; for `grpo` and `dr_grpo`, which divide by the number
+    of responses, `ROW_SCALE` takes up the difference. Where no response has one, the first stays, so that there is a
+    loss to differentiate on every process.
+
+    Parameters
+    ----------
+    inputs : TRL's minibatch: tensors and lists with an entry for each response, and others, which are handed on.
+    """
+    mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
+    rows = mask.shape[0]
+    kept = (mask != 0).any(1).nonzero()[:, 0]
+    kept = kept if len(kept) else kept.new_zeros(1)
+    if len(kept) == rows:
+        return inputs
+    numbers = kept.tolist()
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.dim() and value.shape[0] == rows:
+            return value[kept]
+        return [value[at] for at in numbers] if isinstance(value, list) and len(value) == rows else value
+
+    out = {name: cut(value) for name, value in inputs.items()}
+    if loss_type in ("grpo", "dr_grpo"):
+        scale = out.get(ROW_SCALE, torch.ones(len(kept), device=mask.device))
+        out[ROW_SCALE] = scale * (len(kept) / rows)
+    return out
+
+
 def attach_rewards(output: dict[str, Any], rewards: Tensor, weights: Tensor, group_size: int, rank: int) -> None:
     """Add `REWARD`, `BASELINE` (float32 ``[B]``, NaN without any score), `GROUP` (int64 ``[B]``) and `TOKENS` (bool
     ``[B, T]``) to one process's rollout batch.

@@ -29,11 +29,18 @@ from trl import GRPOConfig, GRPOTrainer
 
 from cppo.divergence import Variant
 from cppo.engines.support import EngineChangedError, TrustRegionLoss
-from cppo.engines.trl.batch import ROW_SCALE, attach_rewards, drop_zero_spread
+from cppo.engines.trl.batch import ROW_SCALE, attach_rewards, drop_zero_spread, rows_with_loss
 from cppo.engines.trl.divergence import HeadDivergence
 from cppo.engines.trl.head import causal_lm, logit_changes
 from cppo.engines.trl.sampler import Sampled, sample
-from cppo.engines.trl.settings import TopK, generation_problems, needs_head, problems, trust_region_config
+from cppo.engines.trl.settings import (
+    TopK,
+    generation_problems,
+    needs_head,
+    problems,
+    trust_region_config,
+    updates_per_rollout,
+)
 from cppo.errors import UserError
 from cppo.rules import CPPO, TrustRegion, Verdict
 from cppo.tokens import TokenBatch
@@ -86,7 +93,9 @@ class TrustRegionTrainer(GRPOTrainer):
         at most 0.0015 (K = 20); "ragged", 1 + 5 for each entry that is needed to cover 99.9% of mu, TV off by up to
         0.001 more (`cppo.scoring.store`). `adaptive_tv` allows for that and decides as the exact TV all the same.
     zero_spread_filter : take groups with equal rewards out of the loss and out of its denominators.
-    observer : called once a loss in training, without gradient: observer(batch, verdict, inputs, update).
+    observer : called once a loss in training, without gradient: observer(batch, verdict, inputs, update). With an
+        attribute `last_update_whole` that is True it is shown responses without loss tokens (left out by the filter) in
+        the last update of a rollout batch only; on one process the others are computed without them, which is faster.
     max_on_policy_divergence : the largest mean D_t of the first update, before any optimizer step, where pi = mu and
         D_t is the mismatch between sampler and trainer; beyond it the run stops. None: do not look.
     sampler : "trl": its generation. "own" (`cppo.engines.trl.sampler`): with the model in memory, recording mu from the
@@ -183,8 +192,7 @@ class TrustRegionTrainer(GRPOTrainer):
             batch = batch.with_divergence(found)
             if resolved is not None:
                 self._trust_log_share("trust/resolved_fraction", resolved.sum(), batch.loss_mask.sum())
-        accumulation = self.args.gradient_accumulation_steps
-        update = self._step // accumulation - self._trust_generated_at // accumulation
+        update = self._trust_update()
         verdict, stats = self._trust.judge(batch, on_policy=update == 0, reduce=self._trust_reduce)
         for name, value in stats.items():
             self._metrics["train"][name].append(value)
@@ -218,7 +226,28 @@ class TrustRegionTrainer(GRPOTrainer):
 
     # -- wrappers: TRL's own, plus something --------------------------------------------------------------------
 
+    def _trust_rows(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The minibatch without responses that have no loss token, where nobody looks at them.
+
+        Observers may: those with `last_update_whole` only in the last update of a rollout batch. An auxiliary loss (of
+        a mixture of experts) is of all responses, images have no row for each of them, and several processes must have
+        equally many, since TRL gathers figures of each.
+        """
+        one = self.accelerator.num_processes == 1
+        if not one or not self.model.training or self.aux_loss_enabled or any("pixel" in name for name in inputs):
+            return inputs
+        last = self._trust_update() == updates_per_rollout(self.args) - 1
+        if self._trust_observer is None or (getattr(self._trust_observer, "last_update_whole", False) and not last):
+            return rows_with_loss(inputs, self.loss_type)
+        return inputs
+
+    def _trust_update(self) -> int:
+        """Which update of the rollout batch this loss is of, from 0."""
+        accumulation = self.args.gradient_accumulation_steps
+        return int(self._step // accumulation - self._trust_generated_at // accumulation)
+
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        inputs = self._trust_rows(inputs)
         given, old = dict(inputs), inputs.get("old_per_token_logps")
         if old is not None and self.model.training:
             mu = inputs.get("sampling_per_token_logps", old)
