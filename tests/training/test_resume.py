@@ -23,6 +23,7 @@ SETTINGS = [
     "rollout.prompts=4",
     "rollout.responses=4",
     "rollout.max_new_tokens=40",
+    "rollout.sampler=own",  # auto takes TRL's for the tiny model
     "updates=2",
     "steps=6",
     "save_every=1",

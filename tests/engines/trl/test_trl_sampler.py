@@ -8,6 +8,7 @@ import pytest
 import torch
 from trl import GRPOTrainer
 
+from cppo.engines.trl.sampler import Sampled, sample
 from cppo.errors import UserError
 
 from .trl_setup import (
@@ -16,6 +17,7 @@ from .trl_setup import (
     gradients,
     log_softmax,
     make,
+    model,
     parameters,
     reference_coefficients,
     rollout_and_drift,
@@ -112,7 +114,7 @@ def test_where_a_batch_gets_one_update_no_later_pass_takes_what_was_recorded() -
 @pytest.mark.parametrize(
     "settings, words",
     [
-        ({"sampler": "mine"}, "expected 'trl' or 'own'"),
+        ({"sampler": "mine"}, "expected 'trl', 'own' or a function"),
         ({"rollout_func": lambda *_: {}, "sampler": "own"}, "rollout_func"),
     ],
 )
@@ -135,3 +137,24 @@ def test_in_bfloat16_the_anchor_is_what_was_sampled_from() -> None:
     mask = inputs["completion_mask"].bool()
     gap = (inputs["old_per_token_logps"] - logp)[mask].abs()
     assert 0 < float(gap.max()) < 0.05  # another order of sums, rounded
+
+
+def test_the_record_of_a_sampler_of_ones_own_is_mu() -> None:
+    """Another engine with other weights: ratios and top K are of what it says it sampled from."""
+    other = model()
+    drift(other, 0.3, seed=11)
+
+    def engine(prompts: Any, *, top_k: int, **options: Any) -> Sampled:
+        return sample(other, prompts, pad=0, top_k=top_k, **options)
+
+    run = trainer(make("cppo", "topk_tv"), sampler=engine)
+    inputs, policy = rollout_and_drift(run, scale=0.0)
+    mask = inputs["completion_mask"].bool()
+    with torch.no_grad():
+        theirs, ours = (
+            log_softmax(of, inputs).gather(-1, inputs["completion_ids"][..., None])[..., 0] for of in (other, policy)
+        )
+    torch.testing.assert_close(inputs["old_per_token_logps"][mask], theirs[mask], rtol=0, atol=2e-5)
+    assert float((theirs - ours)[mask].abs().mean()) > 0.1
+    with pytest.raises(UserError, match="needs all of mu"):
+        trainer(make("cppo", "exact_tv"), sampler=engine)

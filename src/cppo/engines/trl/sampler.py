@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -50,6 +50,23 @@ class Sampled:
         if self.top_ids is None or self.top_logp is None:
             raise ValueError("no top K were recorded: sample with top_k.")
         return _filled(self.top_ids, length, 0), _filled(self.top_logp, length, -torch.inf)
+
+
+class Sampler(Protocol):
+    """What `TrustRegionTrainer(sampler=...)` samples with: `sample` bound to a model, or a function around another
+    engine (vLLM's `generate` with `logprobs=K` returns all that is asked for), which keeps its own weights up to date.
+    """
+
+    def __call__(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        ends: Collection[int],
+        top_k: int,
+    ) -> Sampled:
+        """One response to each of `prompts`; see `sample`."""
 
 
 @torch.no_grad()

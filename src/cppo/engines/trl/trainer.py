@@ -20,6 +20,7 @@ import inspect
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ from cppo.engines.support import EngineChangedError, TrustRegionLoss
 from cppo.engines.trl.batch import ROW_SCALE, attach_rewards, drop_zero_spread, rows_with_loss
 from cppo.engines.trl.divergence import HeadDivergence
 from cppo.engines.trl.head import causal_lm, logit_changes
-from cppo.engines.trl.sampler import Sampled, sample
+from cppo.engines.trl.sampler import Sampled, Sampler, sample
 from cppo.engines.trl.settings import (
     TopK,
     generation_problems,
@@ -99,8 +100,9 @@ class TrustRegionTrainer(GRPOTrainer):
     max_on_policy_divergence : the largest mean D_t of the first update, before any optimizer step, where pi = mu and
         D_t is the mismatch between sampler and trainer; beyond it the run stops. None: do not look.
     sampler : "trl": its generation. "own" (`cppo.engines.trl.sampler`): with the model in memory, recording mu from the
-        logits that were sampled from, so that no pass computes old log-probabilities (exact divergences keep it). Not
-        with vLLM, tools, images or a sharded model.
+        logits that were sampled from, so that no pass computes old log-probabilities (exact divergences keep it). Or a
+        `Sampler` of yours, whose record is mu (not with exact divergences). Neither goes with TRL's vLLM, tools, images
+        or a sharded model.
 
     Raises
     ------
@@ -123,7 +125,7 @@ class TrustRegionTrainer(GRPOTrainer):
         zero_spread_filter: bool = True,
         observer: Observer | None = None,
         max_on_policy_divergence: float | None = TrustRegionLoss.max_on_policy_divergence,
-        sampler: str = "trl",
+        sampler: str | Sampler = "trl",
         **kwargs: Any,
     ) -> None:
         rule = CPPO() if rule is None else rule
@@ -134,7 +136,7 @@ class TrustRegionTrainer(GRPOTrainer):
         _check_seam()
         options = TopK(top_k, topk_variant, topk_anchor, topk_store)
         _refuse(problems(args, rule, options))
-        _refuse(_sampler_problems(sampler, args, kwargs))
+        _refuse(_sampler_problems(sampler, args, kwargs, rule.divergence))
         super().__init__(model, reward_funcs, args, **kwargs)
         if clash := [name for name in {*vars(self), *dir(GRPOTrainer)} if name.startswith("_trust_")]:
             raise _moved(f"it has attributes {clash} of its own")
@@ -289,17 +291,19 @@ class TrustRegionTrainer(GRPOTrainer):
         if self._trust_sampler == "trl" or not self.model.training:
             return super()._generate_single_turn(prompt_ids, images, *args, **kwargs)
         if images is not None:
-            raise UserError("sampler='own' samples texts alone, and these prompts hold images. Set sampler='trl'.")
+            raise UserError("this sampler takes texts alone, and these prompts hold images. Set sampler='trl'.")
         divergence = self._trust_divergence
         # With bf16 each forward would round all weights anew; one context around all of them keeps the rounded copy.
         with self.accelerator.autocast():
-            sampled = sample(
-                self.accelerator.unwrap_model(self.model),
+            draw = self._trust_sampler
+            if isinstance(draw, str):
+                policy = self.accelerator.unwrap_model(self.model)
+                draw = partial(sample, policy, pad=self._tokenizer.pad_token_id)
+            sampled = draw(
                 prompt_ids,
                 max_new_tokens=self.max_completion_length,
                 temperature=self.temperature,
                 ends=self.eos_token_ids,
-                pad=self._tokenizer.pad_token_id,
                 top_k=0 if divergence is None else divergence.sampled_top_k,
             )
         # TRL makes a pass for old log-probabilities where a batch gets several updates; it takes what was recorded,
@@ -363,11 +367,18 @@ def _refuse(found: list[str]) -> None:
         )
 
 
-def _sampler_problems(sampler: str, args: GRPOConfig, kwargs: dict[str, Any]) -> list[str]:
+def _sampler_problems(
+    sampler: str | Sampler, args: GRPOConfig, kwargs: dict[str, Any], divergence: str | None
+) -> list[str]:
     if sampler == "trl":
         return []
-    if sampler != "own":
-        return [f"sampler={sampler!r}, expected 'trl' or 'own'."]
+    if sampler != "own" and not callable(sampler):
+        return [f"sampler={sampler!r}, expected 'trl', 'own' or a function (cppo.engines.trl.sampler.Sampler)."]
+    if sampler != "own" and divergence is not None and divergence.startswith(("exact_", "adaptive_")):
+        return [
+            f"a sampler of yours records mu's top K, and divergence={divergence!r} needs all of mu. Set a top-K or binary "
+            "divergence in the rule, or sampler='own'."
+        ]
     why = {
         "use_vllm=True": args.use_vllm,
         "rollout_func": kwargs.get("rollout_func") is not None,
@@ -375,7 +386,8 @@ def _sampler_problems(sampler: str, args: GRPOConfig, kwargs: dict[str, Any]) ->
         "FSDP": bool(args.fsdp),
         "DeepSpeed": bool(args.deepspeed),
     }
-    return [f"sampler='own' does not go with {name}. Set sampler='trl'." for name, given in why.items() if given]
+    found = [name for name, given in why.items() if given]
+    return [f"sampler={sampler!r} does not go with {name}. Set sampler='trl'." for name in found]
 
 
 def _moved(what: str) -> EngineChangedError:
