@@ -376,8 +376,8 @@ def _sampler_problems(
         return [f"sampler={sampler!r}, expected 'trl', 'own' or a function (cppo.engines.trl.sampler.Sampler)."]
     if sampler != "own" and divergence is not None and divergence.startswith(("exact_", "adaptive_")):
         return [
-            f"a sampler of yours records mu's top K, and divergence={divergence!r} needs all of mu. Set a top-K or binary "
-            "divergence in the rule, or sampler='own'."
+            f"a sampler of yours records mu's top K, and divergence={divergence!r} needs all of mu. Set a top-K or "
+            "binary divergence in the rule, or sampler='own'."
         ]
     why = {
         "use_vllm=True": args.use_vllm,
