@@ -5,6 +5,7 @@
 Cases, in turns, each a process of its own on the same float32 weights in a folder:
 
 * `topk_tv`: the recipe. `binary_tv`, `adaptive_tv`, `exact_tv`, `compact`, `ragged`: other divergences and stores.
+* `... , idle`: with limits that no token reaches, so that all of them train on the same responses.
 * `trl`: plain `trl.GRPOTrainer` with its own clip and its own sampler; same prompts, batch, precision and updates.
 * `trl sampler`: ours with TRL's sampler (`rollout.sampler=trl`).
 * `base`: another checkout of this repository (`--base`), such as the commit before.
@@ -48,6 +49,8 @@ SETTINGS = (
     "warmup.steps=0",
 )
 QUIET = ("evaluation={every: 0, problems: 2, samples: 1, batch_size: 2}", "samples.every=0", "save_every=1000")
+#: Limits that no token reaches: every divergence then makes the same updates and rollouts, batch by batch.
+IDLE = ("rule.delta=1", "rule.delta_b=1")
 CASES: dict[str, tuple[str, ...]] = {
     "topk_tv": (),
     "binary_tv": ("rule.divergence=binary_tv",),
@@ -56,6 +59,9 @@ CASES: dict[str, tuple[str, ...]] = {
     "compact": ("topk_store=compact",),
     "ragged": ("topk_store=ragged",),
     "trl sampler": ("rollout.sampler=trl",),
+    "binary_tv, idle": ("rule.divergence=binary_tv", *IDLE),
+    "topk_tv, idle": IDLE,
+    "exact_tv, idle": ("rule.divergence=exact_tv", *IDLE),
 }
 #: What each case is compared with: the first is the target's, as the issue of the real model states them.
 AGAINST = {
@@ -65,6 +71,8 @@ AGAINST = {
     "compact": ("topk_tv",),
     "ragged": ("topk_tv",),
     "trl sampler": ("topk_tv",),
+    "topk_tv, idle": ("binary_tv, idle",),
+    "exact_tv, idle": ("binary_tv, idle",),
 }
 
 

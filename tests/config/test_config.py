@@ -44,6 +44,7 @@ def test_default_recipe_is_a_small_run_in_which_a_rule_can_act():
     assert config.make_rule().parameters()["delta"] == config.rule.parameters["delta"]
 
 
+SMOLLM2 = {f"smollm2-135m{task}" for task in ("", "-needle", "-reverse", "-spell")}
 TABLE_3 = {
     # prompts, n, minibatch prompts, updates, response limit, delta, delta_b, budget, w_min, T_stop
     "qwen3-1.7b": ("Qwen/Qwen3-1.7B", 64, 8, 32, 2, 8192, 0.15, 0.015, "fixed", 0.8, 1120),
@@ -106,7 +107,7 @@ def test_the_trl_config_of_every_recipe_is_built(name, tmp_path):
 
 
 def test_recipes_are_found_by_name_and_by_path(tmp_path):
-    assert set(recipes()) == {"arithmetic", "smollm2-135m", *TABLE_3}
+    assert set(recipes()) == {"arithmetic", *SMOLLM2, *TABLE_3}
     assert find_recipe("arithmetic") == find_recipe("arithmetic.yaml") == recipes()["arithmetic"]
     own = tmp_path / "mine.yaml"
     own.write_text("rule: dppo\ntask: arithmetic\nsteps: 2\n")

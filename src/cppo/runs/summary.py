@@ -107,6 +107,9 @@ def _what(run: RunFolder, rows: Sequence[Row]) -> str:
     lines: list[tuple[str, str]] = [
         (name, _described(config.get(name))) for name in ("model", "task", "rule", "seed") if name in config
     ]
+    steps_before = (config.get("warmup") or {}).get("steps")
+    if config.get("model") != "tiny" and steps_before:
+        lines.append(("warm-up", f"{steps_before} updates on the task's own answers before RL (the paper has none)"))
     if calibrated := _calibrated(run):
         lines.append(("thresholds that set themselves", calibrated))
     made = f"{steps} (rollout batches), {len(train)} updates" if train else "none yet"

@@ -426,10 +426,13 @@ def test_a_moved_hook_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         trainer(cppo.CPPO())
 
 
-@pytest.mark.parametrize("kind", ["topk_tv", "exact_kl", "adaptive_tv"])
-def test_a_head_that_does_more_is_noticed(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If TRL's log-probabilities are not those of the head as it is scored here, the first rollout says so."""
-    run = trainer(cppo.DPPO(divergence=kind))
+@pytest.mark.parametrize(
+    "kind, sampler",
+    [("topk_tv", "trl"), ("exact_kl", "trl"), ("adaptive_tv", "trl"), ("exact_kl", "own"), ("adaptive_tv", "own")],
+)
+def test_a_head_that_does_more_is_noticed(kind: str, sampler: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the model's log-probabilities are not those of the head as it is scored here, the first rollout says so."""
+    run = trainer(cppo.DPPO(divergence=kind), sampler=sampler)
     monkeypatch.setattr(trl_head, "logit_changes", lambda model: (None, 2.0))
-    with pytest.raises(UserError, match="differ from TRL's"):
+    with pytest.raises(UserError, match="differ from the model's own"):
         rollout_and_drift(run)

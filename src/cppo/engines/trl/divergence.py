@@ -20,7 +20,19 @@ from torch import Tensor
 
 from cppo import divergence
 from cppo.engines.trl.head import Head, hidden_states, states_before
-from cppo.engines.trl.rollout import HIDDEN, IDS, LOGSUMEXP, PACKED, Recorded, RolloutPass, Wanted, pack, spread, unpack
+from cppo.engines.trl.rollout import (
+    HIDDEN,
+    IDS,
+    LOGSUMEXP,
+    PACKED,
+    Recorded,
+    RolloutPass,
+    Wanted,
+    heads,
+    require_close,
+    spread,
+    unpack,
+)
 from cppo.errors import UserError
 from cppo.scoring import exact_divergence
 from cppo.scoring.adaptive import ROUNDING, adaptive_for_rule
@@ -53,7 +65,8 @@ class HeadDivergence:
     def _receive(self, hidden: Tensor, dtype: torch.dtype) -> None:
         self.hidden, self.dtype = hidden, torch.float32 if self.fp32 else dtype
 
-    def _wanted(self, model: Any) -> Wanted:
+    def wanted(self, model: Any) -> Wanted:
+        """What of mu is kept for the updates."""
         exact, adaptive = self.kind.startswith("exact_"), self.kind == "adaptive_tv"
         if adaptive and self.top_k.store == "float32":  # K >= V: the top K are the whole distribution
             adaptive = self.top_k.k < model.get_output_embeddings().weight.shape[0]
@@ -71,7 +84,7 @@ class HeadDivergence:
         if not self.collecting:
             return forward()
         self.collecting, self.rollout_head = False, None  # freed before the next copy is made
-        rollout = self.rollout = RolloutPass(model, self._wanted(model), self.temperature, self.fp32, tokens, mask)
+        rollout = self.rollout = RolloutPass(model, self.wanted(model), self.temperature, self.fp32, tokens, mask)
         with hidden_states(model, rollout.receive):
             result = forward()
         if not self.compared:
@@ -79,16 +92,18 @@ class HeadDivergence:
             self.compared = True
         return result
 
-    @property
-    def sampled_top_k(self) -> int:
-        """K that a sampler must record for this divergence; 0: it needs mu's hidden states, which only a pass has."""
-        return self.top_k.k if self.kind.startswith("topk_") else 0
-
-    def take(self, sampled: Sampled, length: int) -> None:
-        """mu's top K as the sampler has recorded them, instead of a pass. length : columns of TRL's batch."""
+    def take(self, sampled: Sampled, model: Any, tokens: Tensor) -> None:
+        """mu as the sampler has recorded it, instead of a pass. tokens : ``[B, T]`` of TRL's batch."""
         self.collecting, self.rollout_head = False, None
-        ids, logp = sampled.padded_top(length)
-        self.rollout = Recorded(pack(self.top_k.store, ids, logp))
+        wanted = self.wanted(model)
+        dtype = torch.float32 if self.fp32 else sampled.dtype
+        head, kept = heads(model, wanted.states, self.temperature, dtype) if wanted.states else (None, None)
+        self.rollout = Recorded.of(sampled, wanted, kept, tokens.shape[1])
+        if head is not None and not self.compared:
+            hidden, logsumexp = (torch.cat(rows or []) for rows in (sampled.hidden, sampled.logsumexp))
+            logp = head.logits_at(hidden, torch.cat(sampled.tokens)[:, None])[:, 0] - logsumexp
+            require_close((logp - torch.cat(sampled.logp)).abs().max().item(), head.dtype)
+            self.compared = True
 
     def attach(self, output: dict[str, Any]) -> int:
         """Add what is kept of mu to a rollout batch; returns its bytes. mu's lm_head stays here until the next batch.

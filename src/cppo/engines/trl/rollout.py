@@ -15,7 +15,7 @@ one product with the vocabulary, once.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ from torch import Tensor
 from cppo.engines.trl.head import Head, states_before
 from cppo.errors import UserError
 from cppo.scoring.store import RaggedTopK, pack_topk, unpack_topk
+
+if TYPE_CHECKING:
+    from cppo.engines.trl.sampler import Sampled
 
 #: Keys of a rollout batch. Top K: int32 ids and float32 log-probabilities ``[B, T, K]``, or one entry that holds both:
 #: uint8 ``[B, T, 5 K]`` (compact), a list with a `RaggedTopK` for each response (ragged).
@@ -66,12 +69,28 @@ def spread(values: Tensor, index: Tensor, shape: torch.Size, fill: float = 0.0) 
     return out.unflatten(0, shape)
 
 
+def narrower(states: torch.dtype, head: torch.dtype) -> torch.dtype:
+    """In which hidden states are kept: the head rounds them to its own dtype, so what is wider need not be kept."""
+    return min(states, head, key=lambda kind: kind.itemsize)
+
+
 @dataclass
 class Recorded:
     """What a sampler has recorded of mu: entries of the rollout batch. head : none is kept."""
 
     kept: dict[str, Any]
     head: Head | None = None
+
+    @classmethod
+    def of(cls, sampled: Sampled, wanted: Wanted, head: Head | None, length: int) -> Recorded:
+        """head : mu's lm_head with memory of its own, where it is trained. length : columns of TRL's batch."""
+        kept: dict[str, Any] = {}
+        if wanted.top_k:
+            kept |= pack(wanted.store, *sampled.padded_top(length))
+        if wanted.states:
+            hidden, kept[LOGSUMEXP] = sampled.padded_states(length)
+            kept[HIDDEN] = hidden.to(narrower(hidden.dtype, sampled.dtype))
+        return cls(kept, head)
 
     def nbytes(self) -> int:
         """Bytes of what is kept."""
@@ -81,6 +100,29 @@ class Recorded:
 def _nbytes(kept: dict[str, Any]) -> int:
     entries = [entry for value in kept.values() for entry in (value if isinstance(value, list) else [value])]
     return sum(entry.nbytes for entry in entries)
+
+
+def heads(model: Any, states: bool, temperature: float, dtype: torch.dtype) -> tuple[Head, Head | None]:
+    """mu's lm_head, and the same where it must be kept until the last update: with hidden states, if it is trained."""
+    trained = states and model.get_output_embeddings().weight.requires_grad
+    head = Head.of(model, temperature, dtype, copy=trained)
+    return head, head if trained else None
+
+
+def require_close(gap: float, dtype: torch.dtype) -> None:
+    """Refuse a head that gives other log-probabilities than the model itself. dtype : of the head.
+
+    Raises
+    ------
+    UserError : they differ by more than rounding.
+    """
+    allowed = 1e-3 if dtype == torch.float32 else 0.25
+    if not gap <= allowed:
+        raise UserError(
+            f"log-probabilities from the captured hidden states differ from the model's own by up to {gap:.3g} "
+            f"(allowed: {allowed}): this model's head or this TRL does more than scale and cap h W + b. Set "
+            "divergence='binary_tv' in the rule."
+        )
 
 
 class RolloutPass:
@@ -112,10 +154,7 @@ class RolloutPass:
         """Score one chunk: last hidden states ``[b, P + T, d]`` of the next b responses."""
         top_k, store, states = self.wanted
         if self._scorer is None:
-            trained = states and self.model.get_output_embeddings().weight.requires_grad
-            dtype = torch.float32 if self.fp32 else dtype
-            self._scorer = Head.of(self.model, self.temperature, dtype, copy=trained)
-            self.head = self._scorer if trained else None
+            self._scorer, self.head = heads(self.model, states, self.temperature, torch.float32 if self.fp32 else dtype)
         head, length = self._scorer, self.tokens.shape[1]
         chunk = slice(self.rows, self.rows + hidden.shape[0])
         self.rows = chunk.stop
@@ -131,9 +170,7 @@ class RolloutPass:
                 self._keep(chunk, key, part)
         if states:
             self._keep(chunk, LOGSUMEXP, spread(scores.logsumexp.float(), index, tokens.shape))
-            # The head rounds its input to its own dtype: what is wider need not be kept.
-            narrow = min(hidden.dtype, head.dtype, key=lambda kind: kind.itemsize)
-            self._keep(chunk, HIDDEN, hidden[:, -length - 1 : -1].to(narrow))
+            self._keep(chunk, HIDDEN, hidden[:, -length - 1 : -1].to(narrower(hidden.dtype, head.dtype)))
 
     def _keep(self, chunk: slice, key: str, part: Any) -> None:
         if isinstance(part, list):
@@ -164,10 +201,4 @@ class RolloutPass:
                 "divergence='binary_tv' in the rule."
             )
         gap = torch.where(self.mask, self.sampled_logp - old_logp.float(), 0.0).abs().max().item()
-        allowed = 1e-3 if self._scorer.dtype == torch.float32 else 0.25
-        if not gap <= allowed:
-            raise UserError(
-                f"log-probabilities from the captured hidden states differ from TRL's by up to {gap:.3g} (allowed: "
-                f"{allowed}): this model's head or this TRL does more than scale and cap h W + b. Set "
-                "divergence='binary_tv' in the rule."
-            )
+        require_close(gap, self._scorer.dtype)

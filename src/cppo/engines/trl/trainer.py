@@ -33,6 +33,7 @@ from cppo.engines.support import EngineChangedError, TrustRegionLoss
 from cppo.engines.trl.batch import ROW_SCALE, attach_rewards, drop_zero_spread, rows_with_loss
 from cppo.engines.trl.divergence import HeadDivergence
 from cppo.engines.trl.head import causal_lm, logit_changes
+from cppo.engines.trl.rollout import Wanted
 from cppo.engines.trl.sampler import Sampled, Sampler, sample
 from cppo.engines.trl.settings import (
     TopK,
@@ -100,7 +101,7 @@ class TrustRegionTrainer(GRPOTrainer):
     max_on_policy_divergence : the largest mean D_t of the first update, before any optimizer step, where pi = mu and
         D_t is the mismatch between sampler and trainer; beyond it the run stops. None: do not look.
     sampler : "trl": its generation. "own" (`cppo.engines.trl.sampler`): with the model in memory, recording mu from the
-        logits that were sampled from, so that no pass computes old log-probabilities (exact divergences keep it). Or a
+        logits that were sampled from, so that no pass computes old log-probabilities. Or a
         `Sampler` of yours, whose record is mu (not with exact divergences). Neither goes with TRL's vLLM, tools, images
         or a sharded model.
 
@@ -280,7 +281,7 @@ class TrustRegionTrainer(GRPOTrainer):
             # The pass that would compute what the sampler has recorded.
             self._trust_sampled = None
             if self._trust_divergence is not None:
-                self._trust_divergence.take(sampled, logits_to_keep)
+                self._trust_divergence.take(sampled, self._trust_policy(), input_ids[:, -logits_to_keep:])
             return sampled.padded_logp(logits_to_keep), None, None
         if self._trust_divergence is None or not self.model.training or not (in_loss or ours):
             return forward()
@@ -292,24 +293,25 @@ class TrustRegionTrainer(GRPOTrainer):
             return super()._generate_single_turn(prompt_ids, images, *args, **kwargs)
         if images is not None:
             raise UserError("this sampler takes texts alone, and these prompts hold images. Set sampler='trl'.")
-        divergence = self._trust_divergence
+        wanted = Wanted(0, "", False)
+        if self._trust_divergence is not None:
+            wanted = self._trust_divergence.wanted(self._trust_policy())
         # With bf16 each forward would round all weights anew; one context around all of them keeps the rounded copy.
         with self.accelerator.autocast():
             draw = self._trust_sampler
             if isinstance(draw, str):
                 policy = self.accelerator.unwrap_model(self.model)
-                draw = partial(sample, policy, pad=self._tokenizer.pad_token_id)
+                draw = partial(sample, policy, pad=self._tokenizer.pad_token_id, states=wanted.states)
             sampled = draw(
                 prompt_ids,
                 max_new_tokens=self.max_completion_length,
                 temperature=self.temperature,
                 ends=self.eos_token_ids,
-                top_k=0 if divergence is None else divergence.sampled_top_k,
+                top_k=wanted.top_k,
             )
-        # TRL makes a pass for old log-probabilities where a batch gets several updates; it takes what was recorded,
-        # unless mu's hidden states are needed. Where TRL makes none, no other pass may take it.
-        several = self.args.gradient_accumulation_steps % (self.args.steps_per_generation * self.num_iterations)
-        if several and (divergence is None or divergence.sampled_top_k):
+        # TRL makes a pass for old log-probabilities where a batch gets several updates; it takes what was recorded.
+        # Where TRL makes none, no other pass may take it.
+        if self.args.gradient_accumulation_steps % (self.args.steps_per_generation * self.num_iterations):
             self._trust_sampled = sampled
         return [tokens.tolist() for tokens in sampled.tokens], None
 
