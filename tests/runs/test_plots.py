@@ -216,3 +216,12 @@ def test_whether_the_rule_bound_is_one_sentence(tmp_path: Path, held: tuple[floa
     assert words in write_summary(tmp_path)
     atomic_write_text(tmp_path / "config.yaml", "rule: {name: none}\n")
     assert "The rule" not in write_summary(tmp_path)
+
+
+def test_the_time_of_the_rollout_is_what_was_measured(tmp_path: Path) -> None:
+    rows = [(1, 1, 5.0, 3.0), (1, 2, 2.0, None), (2, 3, 9.0, 6.0), (2, 4, 1.0, None)]
+    for step, update, seconds, rollout in rows:
+        row = {"step": step, "update": update, "kind": "train", "time/step_time": seconds}
+        RunFolder(tmp_path).append_metrics(row | ({} if rollout is None else {"time/rollout_time": rollout}))
+    text = write_summary(tmp_path)
+    assert "| rollout | 9 s | 53% |" in text and "| updates | 8 s | 47% |" in text

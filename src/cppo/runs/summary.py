@@ -28,12 +28,12 @@ from cppo.show.tables import Cells
 Row = Mapping[str, Any]
 
 EXCERPT_TOKENS = 200
-STEP_TIME = "time/step_time"
+STEP_TIME, ROLLOUT_TIME = "time/step_time", "time/rollout_time"
 # running totals and rates, not parts that add up
 NOT_ADDITIVE = tuple(
     f"time/{name}"
     for name in (
-        *("step_time", "step", "elapsed", "total", "total_flos"),
+        *("step_time", "rollout_time", "step", "elapsed", "total", "total_flos"),
         *("train_runtime", "train_samples_per_second", "train_steps_per_second"),
     )
 )
@@ -255,21 +255,30 @@ def _times(rows: Sequence[Row]) -> dict[str, float]:
     """Seconds by part. TRL times whole updates; the first of a rollout batch holds the rollout, too."""
     sums: defaultdict[str, float] = defaultdict(float)
     by_step: defaultdict[int, list[float]] = defaultdict(list)
+    rollout: dict[int, float] = {}
     for row in rows:
         for key, value in row.items():
             if key == STEP_TIME and value is not None and row.get("kind") == "train":
                 by_step[int(row["step"])].append(float(value))
+            elif key == ROLLOUT_TIME and value is not None:
+                rollout[int(row["step"])] = float(value)
             elif key.startswith("time/") and key not in NOT_ADDITIVE and isinstance(value, int | float):
                 sums[key.removeprefix("time/")] += value
     names = {"rollout": "rollouts (first update of each batch less the median of its others)"}
-    for seconds in by_step.values():
-        for part, spent in _split(seconds).items():
-            sums[names.get(part, part)] += spent
+    for step, seconds in by_step.items():
+        known = rollout.get(step)
+        for part, spent in _split(seconds, known).items():
+            sums[part if known is not None else names.get(part, part)] += spent
     return sums
 
 
-def _split(seconds: Sequence[float]) -> dict[str, float]:
-    """Rollout and updates of one rollout batch, from the seconds of its updates."""
+def _split(seconds: Sequence[float], rollout: float | None = None) -> dict[str, float]:
+    """Rollout and updates of one rollout batch, from the seconds of its updates, the first of which holds the rollout.
+
+    rollout : its own seconds, where they were measured; else the first update less the median of the others.
+    """
+    if rollout is not None:
+        return {"rollout": rollout, "updates": sum(seconds) - rollout}
     first, *others = seconds
     if not others:
         return {"rollouts and updates": first}
@@ -277,9 +286,9 @@ def _split(seconds: Sequence[float]) -> dict[str, float]:
     return {"rollout": max(0.0, first - update), "updates": sum(others) + min(first, update)}
 
 
-def split_seconds(seconds: Sequence[float]) -> dict[str, str]:
+def split_seconds(seconds: Sequence[float], rollout: float | None) -> dict[str, str]:
     """The same as words, for the line of a step."""
-    return {part: duration(spent) for part, spent in _split(seconds).items()} if sum(seconds) else {}
+    return {part: duration(spent) for part, spent in _split(seconds, rollout).items()} if sum(seconds) else {}
 
 
 def _tokens_per_second(config: Mapping[str, Any], rows: Sequence[Row]) -> float | None:

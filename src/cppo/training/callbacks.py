@@ -20,7 +20,14 @@ from cppo.runs.checkpoints import Checkpoints
 from cppo.training.processes import any_process
 
 #: What transformers and TRL report in seconds; kept apart from what a seed determines.
-_CLOCK = ("step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos")
+_CLOCK = (
+    "step_time",
+    "rollout_time",
+    "train_runtime",
+    "train_samples_per_second",
+    "train_steps_per_second",
+    "total_flos",
+)
 
 
 class StopRequest:

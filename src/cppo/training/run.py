@@ -420,6 +420,7 @@ class StepCallback(TrainerCallback):
         self.masked: list[float] = []
         self.seconds: list[float] = []  # of each update; the first holds the rollout, too
         self.tokens = 0.0
+        self.rollout: float | None = None
         self.told_all_equal = False
 
     def on_log(
@@ -445,11 +446,12 @@ class StepCallback(TrainerCallback):
             batch = self.run.config.rollout
             self.tokens = float(row["completions/mean_length"]) * batch.prompts * batch.responses
         self.seconds.append(float(row.get("time/step_time", 0.0)))
+        self.rollout = row.get("time/rollout_time", self.rollout)
         self.masked += [float(seen["trust/masked_fraction"]) for seen in judged([{**row, "kind": "train"}])]
         if state.global_step % updates == 0:
             skipped = {"skipped": self.guard.skipped} if self.guard.skipped else {}
             figures = {**self.figures, "masked": sum(self.masked) / max(len(self.masked), 1), **skipped}
-            self.run.progress.advance(1, **figures, **split_seconds(self.seconds), **self.speed())
+            self.run.progress.advance(1, **figures, **split_seconds(self.seconds, self.rollout), **self.speed())
             self.masked.clear()
             self.seconds.clear()
 

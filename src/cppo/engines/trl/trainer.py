@@ -17,6 +17,7 @@ evaluation the policy is the one that samples: no rule is applied and TRL's own 
 from __future__ import annotations
 
 import inspect
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -322,6 +323,13 @@ class TrustRegionTrainer(GRPOTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         if not self.model.training:
             return super()._generate_and_score_completions(inputs)
+        began = time.perf_counter()
+        output = self._trust_rollout(inputs)
+        self._metrics["train"]["rollout_time"].append(time.perf_counter() - began)  # a part of TRL's step_time
+        return output
+
+    def _trust_rollout(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """TRL's rollout batch in training, with what the rule needs of mu and without groups of equal rewards."""
         self._trust_generated_at = self._step
         per_batch = self.args.steps_per_generation * self.num_iterations
         if self._step == 0 and self.state.global_step * self.args.gradient_accumulation_steps % per_batch:
