@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import cppo
 from cppo.engines.support import EngineChangedError
@@ -21,6 +22,7 @@ from cppo.engines.trl.trainer import TrustRegionTrainer
 from cppo.errors import UserError
 
 from .trl_setup import (
+    ALPHABET,
     NEED_DIVERGENCE,
     RULES,
     assert_contract,
@@ -436,3 +438,28 @@ def test_a_head_that_does_more_is_noticed(kind: str, sampler: str, monkeypatch: 
     monkeypatch.setattr(trl_head, "logit_changes", lambda model: (None, 2.0))
     with pytest.raises(UserError, match="differ from the model's own"):
         rollout_and_drift(run)
+
+
+@pytest.mark.parametrize("sampler", ["trl", "own"])
+def test_learnt_positions_do_not_count_the_padding(sampler: str) -> None:
+    """GPT-2 under left padding: log mu and log pi are those of the response behind its bare prompt."""
+    torch.manual_seed(0)
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128, "initializer_range": 0.3}
+    special = {"vocab_size": len(ALPHABET) + 2, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
+    dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    policy = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **sizes, **special, **dropout))
+    run = trainer(make("cppo", "binary_tv"), model=policy, sampler=sampler)
+    seen: list[torch.Tensor] = []
+    run._trust_observer = lambda batch, verdict, inputs, update: seen.append(batch.policy_logp)
+    inputs, mu = rollout_and_drift(run, scale=0.0)
+    run._compute_loss(run.model, inputs)
+    assert inputs["prompt_mask"].min() == 0  # some prompts are padded
+    mu.eval()
+    for row in range(len(inputs["prompt_ids"])):
+        prompt = inputs["prompt_ids"][row][inputs["prompt_mask"][row].bool()]
+        response = inputs["completion_ids"][row][inputs["completion_mask"][row].bool()]
+        with torch.no_grad():
+            logits = mu(torch.cat([prompt, response])[None]).logits[0, len(prompt) - 1 : -1]
+        want = logits.log_softmax(-1).gather(-1, response[:, None])[:, 0]
+        for found in (inputs["old_per_token_logps"], seen[0]):
+            torch.testing.assert_close(found[row, : len(response)], want, rtol=0, atol=1e-4)

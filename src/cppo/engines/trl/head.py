@@ -8,6 +8,7 @@ here is without gradient. Left out: DeepSpeed ZeRO-3 and FSDP1, whose head has n
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -84,6 +85,36 @@ def hidden_states(model: Any, receive: Callable[[Tensor, torch.dtype], None]) ->
         )
 
     handle = backbone.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def counted_positions(model: Any, policy: Any) -> Iterator[None]:
+    """Give the model the positions that its tokens had in generation, where it has learnt ones.
+
+    TRL 1.16 pads prompts on the left and hands over no `position_ids`. Rotary positions are relative, so nothing is
+    amiss; a model of learnt positions (GPT-2) counts the padding, too, and its log-probabilities are not those of the
+    policy that sampled (findings/trl_learnt_positions.sh).
+
+    Parameters
+    ----------
+    model : as TRL calls it. policy : the transformers model inside.
+    """
+    rotary = getattr(policy.config.get_text_config(), "rope_parameters", None) is not None
+    if rotary or "position_ids" not in inspect.signature(policy.forward).parameters:
+        yield
+        return
+
+    def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        mask = kwargs.get("attention_mask")
+        if mask is None or mask.dim() != 2 or kwargs.get("position_ids") is not None:
+            return args, kwargs
+        return args, {**kwargs, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+
+    handle = model.register_forward_pre_hook(hook, with_kwargs=True)
     try:
         yield
     finally:

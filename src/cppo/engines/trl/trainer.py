@@ -33,7 +33,7 @@ from cppo.divergence import Variant
 from cppo.engines.support import EngineChangedError, TrustRegionLoss
 from cppo.engines.trl.batch import ROW_SCALE, attach_rewards, drop_zero_spread, rows_with_loss
 from cppo.engines.trl.divergence import HeadDivergence
-from cppo.engines.trl.head import causal_lm, logit_changes
+from cppo.engines.trl.head import causal_lm, counted_positions, logit_changes
 from cppo.engines.trl.rollout import Wanted
 from cppo.engines.trl.sampler import Sampled, Sampler, sample
 from cppo.engines.trl.settings import (
@@ -274,7 +274,8 @@ class TrustRegionTrainer(GRPOTrainer):
     ) -> Any:
         def forward() -> Any:
             method = super(TrustRegionTrainer, self)._get_per_token_logps_and_entropies
-            return method(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
+            with counted_positions(model, self._trust_policy()):
+                return method(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
 
         in_loss = self._trust_loss is not None
         ours = model is self.model and self.model.training and not in_loss
