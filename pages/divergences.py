@@ -1,4 +1,4 @@
-"""Tables of docs/divergences.md on real vocabularies, from `benchmarks.divergences_llm`.
+"""Tables of docs/divergences.md on real vocabularies, from `benchmarks.llm.divergences`.
 
 python -m pages.divergences [--docs docs/divergences.md] [--figure docs/images/divergences-llm.png]
 """

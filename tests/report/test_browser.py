@@ -75,7 +75,7 @@ def opened(browser):
         tab.on("pageerror", lambda error: troubles.append(str(error)))
         tab.on("request", lambda r: None if r.url.startswith(("file:", "data:")) else troubles.append(r.url))
         tab.goto(path.resolve().as_uri())
-        tab.wait_for_function("document.querySelectorAll('figure[data-chart] .plot svg').length > 0")
+        tab.wait_for_selector("figure[data-chart] .plot svg", state="attached")  # no expression: the page forbids eval
         return tab
 
     yield open_page

@@ -1,6 +1,6 @@
 """How far the divergences are from the exact ones on a real language model, and which decisions that changes.
 
-    python -m benchmarks.divergences_llm --run RUN --name smollm2-135m [--lags 0 1 2 4]
+    python -m benchmarks.llm.divergences --run RUN --name smollm2-135m [--lags 0 1 2 4]
     python -m pages.divergences --docs docs/divergences.md
 
 RUN is the folder of `cppo train` with every checkpoint kept (`save_every=1 keep_checkpoints=N`). mu is the policy of a
