@@ -9,6 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from cppo.engines.trl.sampler import Sampled, draw_one, sample
+from cppo.errors import StopError
 
 END = 3
 SIZES: dict[str, Any] = {
@@ -96,3 +97,8 @@ def test_one_uniform_number_draws_each_token_with_its_probability(monkeypatch: p
     counts = torch.stack([draw_one(p)[:, 0].bincount(minlength=7) for _ in range(40)]).sum(0)
     assert counts[[0, 2, 6]].sum() == 0
     torch.testing.assert_close(counts[[1, 4, 5]] / 40_000, torch.tensor([0.5, 0.25, 0.25]), rtol=0, atol=0.01)
+
+
+def test_logits_that_are_no_numbers_stop_the_run_in_a_sentence() -> None:
+    with pytest.raises(StopError, match="logits hold NaN or infinity"):
+        draw_one(torch.tensor([[0.5, 0.5], [float("nan"), 1.0]]))

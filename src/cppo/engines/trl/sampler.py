@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from cppo.engines.trl.head import causal_lm, hidden_states
+from cppo.errors import StopError
 
 #: Ended sequences are dropped from the batch once less than this share of it is alive: each time copies the cache.
 ALIVE = 0.9
@@ -183,10 +184,19 @@ def draw_one(p: Tensor) -> Tensor:
 
     `torch.multinomial` draws V numbers a row for it: a sixth of a rollout at V = 49,152. The sum is float64:
     in float32 its rounding (1e-7 V) would exceed the probabilities of rare tokens.
+
+    Raises
+    ------
+    StopError : NaN among the probabilities.
     """
     wide = torch.float32 if p.device.type == "mps" else torch.float64  # MPS has no float64
     edges = p.to(wide).cumsum(-1)
     total = edges[:, -1:]
+    if not bool(total.isfinite().all()):
+        raise StopError(
+            "the model's logits hold NaN or infinity, so nothing can be sampled: its weights or precision are broken. "
+            "Go back to an earlier checkpoint and lower the learning rate or set precision=float32."
+        )
     u = torch.rand(len(p), 1, dtype=wide, device=p.device) * total
     u = torch.minimum(u, torch.nextafter(total, torch.zeros_like(total)))  # the product may round up to the total
     return torch.searchsorted(edges, u, right=True)  # the first edge above u: never an index of probability 0
