@@ -20,7 +20,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --editable '.[dev]' -c constraints.txt
 	@touch $@
 
-train: setup  ## train a small language model with CPPO (about 5 minutes on two cores); ARGS="rule=dppo seed=2"
+train: setup  ## train a small language model with CPPO (two to five minutes on two cores); ARGS="rule=dppo seed=2"
 	$(BIN)/cppo train $(ARGS)
 
 train-llm: setup  ## the same with a real language model, SmolLM2-135M-Instruct (six minutes on two cores); ARGS="rule=dppo steps=4"
