@@ -32,8 +32,7 @@ from cppo.config.load import Config, load_config
 from cppo.rules.base import moves_away
 from cppo.runs.checkpoints import Checkpoints
 from cppo.scoring import RaggedTopK, adaptive_for_rule
-from cppo.tasks import make_task
-from cppo.training.evaluate import score_all
+from cppo.tasks import make_task, score_all
 from cppo.training.models import load_tokenizer
 from cppo.training.run import train
 from pages.scoring import fill

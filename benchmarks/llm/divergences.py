@@ -35,8 +35,7 @@ from cppo.config.load import Config, load_config
 from cppo.engines.trl.sampler import sample
 from cppo.runs.checkpoints import Checkpoints
 from cppo.scoring import adaptive_for_rule
-from cppo.tasks import make_task
-from cppo.training.evaluate import score_all
+from cppo.tasks import make_task, score_all
 from cppo.training.models import load_tokenizer
 from cppo.training.prompts import PromptFormat
 

@@ -102,8 +102,8 @@ def _run_headlines(run: RunFiles) -> list[str]:
                 f"Avg@{k} on held-out problems went from {100 * start:.1f}% (step {before['step']}) to "
                 f"{100 * end:.1f}% (step {after['step']})."
             )
-    found = acted(run.rows("train"))
-    if found is not None and (run.rule is None or run.rule.name != "none"):
+    found = acted(run.rows("train"), None if run.rule is None else run.rule.name)
+    if found is not None:
         lines.append(found.sentence())
     return lines
 

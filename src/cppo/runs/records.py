@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cppo.rules import Reason
+from cppo.rules import NoTrustRegion, Reason
 from cppo.rules.base import HELD
 
 Row = Mapping[str, Any]
@@ -63,10 +63,12 @@ class Acted:
         return f"{text} So little hardly differs from no trust region." if self.warns else text
 
 
-def acted(rows: Sequence[Row]) -> Acted | None:
-    """On what the rule of a run acted, from its training rows; None where no update had a loss token."""
+def acted(rows: Sequence[Row], rule: str | None) -> Acted | None:
+    """On what the rule of a run acted, from its training rows; None where no update had a loss token, or there is no
+    trust region. rule : its name, None: not known.
+    """
     seen = judged(rows)
-    if not seen:
+    if not seen or rule == NoTrustRegion.name:
         return None
     held = [sum(float(row.get(f"trust/{reason.key}_fraction") or 0) for reason in HELD) for row in seen]
     touched = [row["trust/held_responses_fraction"] for row in seen if "trust/held_responses_fraction" in row]

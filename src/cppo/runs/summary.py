@@ -177,8 +177,9 @@ def _values(rows: Sequence[Row], *keys: str) -> list[float]:
 
 def _bound(run: RunFolder, rows: Sequence[Row]) -> str:
     """Whether the rule bound at all; "" where there is no rule or nothing to judge."""
-    found = acted(rows)
-    if found is None or _described(_config(run).get("rule")).startswith("none"):
+    rule = _config(run).get("rule")
+    found = acted(rows, rule.get("name") if isinstance(rule, Mapping) else rule)
+    if found is None:
         return ""
     return f"**{found.sentence()}**" if found.warns else found.sentence()
 

@@ -4,6 +4,6 @@
 by dotted name, `make_task("package.module:Factory")`. This package imports nothing else of cppo, and no torch.
 """
 
-from cppo.tasks.base import Example, MissingDependency, Task, make_task
+from cppo.tasks.base import Example, MissingDependency, Task, make_task, score_all
 
-__all__ = ["Example", "MissingDependency", "Task", "make_task"]
+__all__ = ["Example", "MissingDependency", "Task", "make_task", "score_all"]

@@ -81,6 +81,12 @@ class Task(Protocol):
         """Reward in [0, 1]. Must not raise or hang, whatever a model wrote."""
 
 
+def score_all(task: Task, pairs: Sequence[tuple[Example, str]]) -> list[float]:
+    """The task's score of each (example, completion); at once where the task can (``score_many``)."""
+    many = getattr(task, "score_many", None)
+    return [float(score) for score in (many(pairs) if many else (task.score(*pair) for pair in pairs))]
+
+
 _REQUIRED = ("name", "train", "validation", "score")
 _BUILT_IN = {
     "arithmetic": "cppo.tasks.arithmetic:Arithmetic",

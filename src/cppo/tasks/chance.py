@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from cppo.errors import UserError
-from cppo.tasks.base import Example, Task
+from cppo.tasks.base import Example, Task, score_all
 
 #: Tried besides the right answers of some problems.
 TEXTS = ("", "0", "1", "2", "-1", "nan", "inf", "yes", "no", "True", "False", "[]", "A", "hello")
@@ -40,8 +40,7 @@ def chance(task: Task, problems: Sequence[Example]) -> Chance:
     answers = [example.answer for example in tried[:ANSWERS] if example.answer]
     texts = list(dict.fromkeys([*TEXTS, *answers]))
     pairs = [(example, text) for text in texts for example in tried]
-    many = getattr(task, "score_many", None)
-    scores = [float(score) for score in (many(pairs) if many else (task.score(*pair) for pair in pairs))]
+    scores = score_all(task, pairs)
     rows = [scores[start : start + len(tried)] for start in range(0, len(scores), len(tried))]
     found = [Chance(text, sum(row) / len(row), min(row), len(row)) for text, row in zip(texts, rows, strict=True)]
     return max(found, key=lambda one: (one.lowest, one.mean))

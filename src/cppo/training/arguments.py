@@ -10,9 +10,8 @@ from accelerate import DistributedType, PartialState
 from cppo.config.load import Config
 from cppo.engines.trl.trainer import Observer
 from cppo.rules import Verdict
-from cppo.tasks import Example, Task
+from cppo.tasks import Example, Task, score_all
 from cppo.tokens import TokenBatch
-from cppo.training.evaluate import score_all
 
 
 def observers(*several: Observer) -> Observer | None:

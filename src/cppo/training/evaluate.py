@@ -17,7 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from cppo.config.precision import autocast
 from cppo.errors import UserError
-from cppo.tasks import Example, Task, make_task
+from cppo.tasks import Example, Task, make_task, score_all
 from cppo.training.processes import from_all, start_processes
 from cppo.training.prompts import PromptFormat
 
@@ -140,12 +140,6 @@ def evaluate(
     for measure in ("avg", "pass"):
         row[f"{measure}/mean"] = sum(row[f"{measure}/{name}"] for name in benchmarks) / len(benchmarks)
     return row, by_problem
-
-
-def score_all(task: Task, pairs: Sequence[tuple[Example, str]]) -> list[float]:
-    """The task's score of each (example, completion); at once where the task can (``score_many``)."""
-    many = getattr(task, "score_many", None)
-    return [float(score) for score in (many(pairs) if many else (task.score(*pair) for pair in pairs))]
 
 
 def held_out(task: Task, config: Config) -> dict[str, Sequence[Example]]:

@@ -359,7 +359,7 @@ def finish(run: Run, console: Console) -> RunResult:
     before, after = (dict(row or {}) for row in before_and_after(rows))
     best = dict(best_evaluation(rows) or {})
     render_sample(run.folder, console)
-    if (found := acted(run.files.metrics("train"))) is not None and run.config.rule.name != "none":
+    if (found := acted(run.files.metrics("train"), run.config.rule.name)) is not None:
         console.print(found.sentence(), style="bold" if found.warns else None, highlight=False, soft_wrap=True)
     console.print(accuracy_table(before, after))
     console.print(

@@ -102,9 +102,8 @@ class TrustRegionTrainer(GRPOTrainer):
     max_on_policy_divergence : the largest mean D_t of the first update, before any optimizer step, where pi = mu and
         D_t is the mismatch between sampler and trainer; beyond it the run stops. None: do not look.
     sampler : "trl": its generation. "own" (`cppo.engines.trl.sampler`): with the model in memory, recording mu from the
-        logits that were sampled from, so that no pass computes old log-probabilities. Or a
-        `Sampler` of yours, whose record is mu (not with exact divergences). Neither goes with TRL's vLLM, tools, images
-        or a sharded model.
+        logits that were sampled from, so that no pass computes old log-probabilities. Or a `Sampler` of yours, whose
+        record is mu (not with exact divergences). Neither goes with TRL's vLLM, tools, images or a sharded model.
 
     Raises
     ------
